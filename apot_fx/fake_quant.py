@@ -1,0 +1,264 @@
+"""``FakeQuantize``: quantize and dequantize in float, with a gradient, and its life.
+
+``observing`` (float passes, the observer fills) → ``frozen`` (α fixed) → ``learning`` (train, α by
+gradient). A weight's is frozen from the start, since weights are known.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from .config import ActivationSpec, WeightSpec
+from .errors import CalibrationError, StateError
+from .kernels import ALPHA_MAX, ALPHA_MIN
+from .levels import LevelSet
+from .observer import make_observer, weight_alpha
+from .tensor import check_alpha, keep_float32
+
+OBSERVING, FROZEN, LEARNING = "observing", "frozen", "learning"
+
+#: Largest unit for which a float32 value gives its level back exactly (``rint(x · M/α)``).
+EXACT_UNIT = 2**15
+
+
+class FakeQuantize(nn.Module):
+    """Fake-quant of one tensor; made by :meth:`for_activation` and :meth:`for_weight`.
+
+    Attributes:
+        alpha: Parameter, float32, of its final shape from the start: ``()`` per tensor, ``(C,)``
+            per channel, ``(C, groups)`` per group.
+        state: ``"observing"``, ``"frozen"`` or ``"learning"``.
+        signed: whether levels are signed; None while neither the graph nor calibration said so.
+        level_set: the :class:`LevelSet`; None while ``signed`` is open.
+        observer: the observer module; None for weights, whose α is found from the weight itself.
+        observer_enabled, fake_quant_enabled: switches, as in torch.
+
+    In eval its result is float32 and NaN becomes the zero level; in train NaN passes, so that a
+    diverging run is visible.
+    """
+
+    alpha: nn.Parameter
+
+    def __init__(
+        self,
+        spec: WeightSpec | ActivationSpec,
+        alpha: torch.Tensor,
+        axis: int | None,
+        group_size: int | None,
+        observer: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        self.spec = spec
+        self.axis = axis
+        self.group_size = group_size
+        self.alpha = nn.Parameter(alpha.detach().clone())
+        self.observer = observer
+        self.state = OBSERVING
+        self.known_sign: bool | None = None  # by the config or the graph
+        self.signed: bool | None = None
+        self.level_spec = ""
+        self.observer_enabled = observer is not None
+        self.fake_quant_enabled = True
+
+    @classmethod
+    def for_activation(cls, spec: ActivationSpec, signed: bool | None = None) -> FakeQuantize:
+        """A per-tensor fake-quant that starts ``observing``; ``signed``: what the graph proves."""
+        observer = make_observer(spec.observer, (), None, None)
+        made = cls(spec, torch.ones(()), None, None, observer)
+        made.known_sign = spec.signed if spec.signed is not None else signed
+        if spec.levels is not None:
+            made.known_sign = min(spec.levels) < 0
+        made.restart()
+        return made
+
+    @classmethod
+    def for_weight(cls, weight: torch.Tensor, spec: WeightSpec, name: str) -> FakeQuantize:
+        """A frozen fake-quant for a weight whose axis 0 is the output channel.
+
+        Raises TensorError naming ``name`` for a NaN or infinite weight.
+        """
+        level_set = spec.level_set()
+        axis = None if spec.granularity == "tensor" else 0
+        alpha = weight_alpha(
+            weight.detach(), level_set, spec.observer, axis, spec.group_size, name=name
+        )
+        made = cls(spec, alpha, axis, spec.group_size, None)
+        made.signed, made.level_spec, made.state = level_set.signed, level_set.spec, FROZEN
+        return made
+
+    @property
+    def level_set(self) -> LevelSet | None:
+        return LevelSet.parse(self.level_spec) if self.level_spec else None
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether forward now puts values on the grid."""
+        return self.state != OBSERVING and self.fake_quant_enabled
+
+    @property
+    def seen(self) -> bool:
+        """Whether α is known or the observer saw a value."""
+        return self.state != OBSERVING or bool(self.observer is not None and self.observer.seen)
+
+    def clamped_alpha(self) -> torch.Tensor:
+        """α within [2^-40, 2^40], as it is used; without gradient."""
+        return self.alpha.detach().clamp(ALPHA_MIN, ALPHA_MAX)
+
+    def step(self) -> torch.Tensor:
+        """α / M, float32; raises CalibrationError while signedness is open."""
+        return self.clamped_alpha() / self.known_level_set().unit
+
+    def known_level_set(self) -> LevelSet:
+        if self.level_set is None:
+            raise CalibrationError("signedness is not fixed yet; run apot_fx.calibrate first")
+        return self.level_set
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.observer_enabled:
+            self._observe(x)
+        if not self.quantizes:
+            return x
+        learns = self.state == LEARNING and not self.observer_enabled
+        alpha = self.alpha if learns else self.alpha.detach()
+        grad = "rcf" if learns else "ste"
+        quantized: torch.Tensor = torch.ops.apot_fx.fake_quantize(
+            x, alpha, self.level_spec, self.axis, self.group_size, grad, not self.training
+        )
+        return quantized
+
+    @torch.no_grad()
+    def _observe(self, x: torch.Tensor) -> None:
+        if self.observer is None:
+            self._set_alpha(
+                weight_alpha(
+                    x, self.known_level_set(), self.spec.observer, self.axis, self.group_size
+                )
+            )
+            return
+        self.observer(x)
+        if self.state != OBSERVING:
+            self._set_alpha(self.observer.propose(self.known_level_set()))
+        elif self.training and self.observer.seen:
+            # First train forward without calibration: one batch says too little about signs.
+            self._leave_observing(signed=self.known_sign is not False)
+
+    def freeze(self) -> None:
+        """Fix signedness and α from what was observed; no effect unless ``observing``.
+
+        Raises CalibrationError where nothing was observed.
+        """
+        if self.state != OBSERVING:
+            return
+        if not self.seen or self.observer is None:
+            raise CalibrationError("it observed nothing; run apot_fx.calibrate with data first")
+        signed = self.observer.is_signed() if self.signed is None else self.signed
+        self._leave_observing(signed)
+
+    def restart(self) -> None:
+        """Back to ``observing`` with nothing observed (activations only)."""
+        assert self.observer is not None and isinstance(self.spec, ActivationSpec)
+        self.observer.reset()
+        self.state, self.observer_enabled = OBSERVING, True
+        self.signed = self.known_sign
+        self.level_spec = "" if self.signed is None else self.spec.level_set(self.signed).spec
+
+    def _leave_observing(self, signed: bool) -> None:
+        assert isinstance(self.spec, ActivationSpec) and self.observer is not None
+        self.signed = signed
+        self.level_spec = self.spec.level_set(signed).spec
+        self._set_alpha(self.observer.propose(self.known_level_set()))
+        self.state = LEARNING if self.training else FROZEN
+        self.observer_enabled = False
+
+    def _set_alpha(self, alpha: torch.Tensor) -> None:
+        with torch.no_grad():
+            self.alpha.copy_(alpha)
+
+    def train(self, mode: bool = True) -> FakeQuantize:
+        super().train(mode)
+        if mode and self.state == FROZEN:
+            self.state = LEARNING
+        return self
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        return super()._apply(keep_float32(fn), recurse)
+
+    def get_extra_state(self) -> torch.Tensor:
+        """State, signedness, level set and switches as JSON in a uint8 tensor."""
+        text = json.dumps({key: getattr(self, key) for key in _EXTRA})
+        return torch.tensor(list(text.encode()), dtype=torch.uint8)
+
+    def set_extra_state(self, state: torch.Tensor) -> None:
+        for key, value in _read_extra_state(state).items():
+            setattr(self, key, value)
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        """Refuse a NaN α, a wrong shape or an unreadable state before it is loaded."""
+        if "alpha" in state:
+            check_alpha(state["alpha"], self.alpha.shape, within_limits=False)
+        if "_extra_state" in state:
+            _read_extra_state(state["_extra_state"])
+
+    def _load_from_state_dict(  # type: ignore[override]
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any
+    ) -> None:
+        own = {k[len(prefix) :]: v for k, v in state_dict.items() if k.startswith(prefix)}
+        self.check_state(own)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        levels = self.level_spec or f"{self.spec.describe()}, signedness open"
+        return f"{self.state}, {levels}, alpha{tuple(self.alpha.shape)}"
+
+
+_EXTRA = ("state", "signed", "level_spec", "observer_enabled", "fake_quant_enabled")
+
+
+def _read_extra_state(state: torch.Tensor) -> dict[str, Any]:
+    try:
+        found = json.loads(bytes(state.cpu().tolist()).decode())
+        if set(found) != set(_EXTRA) or found["state"] not in (OBSERVING, FROZEN, LEARNING):
+            raise ValueError
+        if found["level_spec"]:
+            LevelSet.parse(found["level_spec"])
+    except (ValueError, TypeError, AttributeError):
+        raise StateError(
+            "_extra_state: not written by this version of apot_fx; save the checkpoint again"
+        ) from None
+    return dict(found)
+
+
+def enable_observer(module: nn.Module) -> None:
+    """For ``model.apply``: observers run; on a frozen or learning fake-quant α follows them."""
+    if isinstance(module, FakeQuantize):
+        module.observer_enabled = True
+
+
+def disable_observer(module: nn.Module) -> None:
+    """For ``model.apply``: observers stop."""
+    if isinstance(module, FakeQuantize):
+        module.observer_enabled = False
+
+
+def enable_fake_quant(module: nn.Module) -> None:
+    """For ``model.apply``: values are put on the grid (once out of ``observing``)."""
+    if isinstance(module, FakeQuantize):
+        module.fake_quant_enabled = True
+
+
+def disable_fake_quant(module: nn.Module) -> None:
+    """For ``model.apply``: values pass in float."""
+    if isinstance(module, FakeQuantize):
+        module.fake_quant_enabled = False
+
+
+def freeze(model: nn.Module) -> None:
+    """End calibration by hand: every fake-quant that observed something becomes ``frozen``."""
+    for module in model.modules():
+        if isinstance(module, FakeQuantize) and module.seen:
+            module.freeze()

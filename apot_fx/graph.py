@@ -1,0 +1,145 @@
+"""Helpers for ``torch.fx`` graphs that know nothing of quantization."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+from torch import fx, nn
+
+#: Calls that read a tensor's metadata, never its values.
+METADATA_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride"})
+METADATA_ATTRIBUTES = frozenset({"shape", "ndim", "device"})
+_NOT_USER_CODE = ("/torch/", "/apot_fx/passes/")
+_SPLITS = frozenset({"chunk", "split", "tensor_split", "unbind", "split_with_sizes"})
+_SCALAR_METHODS = METADATA_METHODS | {"item", "tolist", "is_floating_point", "get_device"}
+
+
+def called_name(node: fx.Node) -> str:
+    """The bare name of what a call_function or call_method node calls (``"relu"``), else ``""``."""
+    if node.op == "call_method":
+        return str(node.target)
+    if node.op == "call_function":
+        target = node.target
+        return str(getattr(target, "__name__", type(target).__name__)).split(".")[0]
+    return ""
+
+
+def called_module(owner: nn.Module, node: fx.Node) -> nn.Module | None:
+    """The module that a call_module node calls, else None."""
+    return owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
+    """An argument of a call, given by position or by name."""
+    if len(node.args) > position:
+        return node.args[position]
+    return node.kwargs.get(name, default)
+
+
+def reads_metadata(node: fx.Node) -> bool:
+    """Whether the node reads shape-like facts of its input: no value flows through it."""
+    if node.op == "call_method":
+        return node.target in METADATA_METHODS
+    if node.op == "call_function" and node.target is getattr:
+        return node.args[1] in METADATA_ATTRIBUTES
+    return False
+
+
+def value_kind(node: fx.Node) -> str:
+    """``"tensor"``, ``"tuple"`` (of tensors) or ``"other"`` (sizes, numbers, devices).
+
+    Static and conservative: a value nothing is known about counts as a tensor, which is what
+    placeholders and calls mostly give.
+    """
+    if node.op == "output":
+        return "other"
+    if reads_metadata(node) or (node.op == "call_method" and node.target in _SCALAR_METHODS):
+        return "other"
+    if node.op == "call_function" and node.target is getattr:
+        return "tensor" if node.args[1] in ("T", "mT", "data") else "other"
+    if called_name(node) in _SPLITS:
+        return "tuple"
+    if node.target is operator.getitem:
+        source = node.args[0]
+        kind = value_kind(source) if isinstance(source, fx.Node) else "other"
+        return "other" if kind == "other" else "tensor"
+    if node.op == "call_function" and _is_scalar_arithmetic(node):
+        return "other"
+    return "tensor"
+
+
+def _is_scalar_arithmetic(node: fx.Node) -> bool:
+    """Arithmetic between sizes and numbers (``x.size(0) * 2``) gives a number."""
+    module = getattr(node.target, "__module__", "")
+    inputs = node.all_input_nodes
+    return (
+        module in ("_operator", "builtins", "math")
+        and bool(inputs)
+        and all(value_kind(source) == "other" for source in inputs)
+    )
+
+
+def free_name(owner: nn.Module, stem: str) -> str:
+    """``stem_0``, ``stem_1`` …: the first that ``owner`` has no attribute for."""
+    taken = set(owner._modules) | set(owner._parameters) | set(owner._buffers)
+    number = 0
+    while f"{stem}_{number}" in taken:
+        number += 1
+    return f"{stem}_{number}"
+
+
+def set_submodule(owner: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` at a dotted path whose parent exists."""
+    parent, _, leaf = name.rpartition(".")
+    setattr(owner.get_submodule(parent), leaf, module)
+
+
+def module_aliases(owner: nn.Module) -> dict[int, list[str]]:
+    """Every name under which each module object (by ``id``) is registered."""
+    names: dict[int, list[str]] = {}
+    for name, module in owner.named_modules(remove_duplicate=False):
+        names.setdefault(id(module), []).append(name)
+    return names
+
+
+def replace_argument(node: fx.Node, old: fx.Node, new: Any) -> None:
+    """Let one node read ``new`` wherever it reads ``old``."""
+    node.args = fx.map_arg(node.args, lambda arg: new if arg is old else arg)
+    node.kwargs = fx.map_arg(node.kwargs, lambda arg: new if arg is old else arg)
+
+
+def prune(graph: fx.Graph) -> int:
+    """Erase calls nobody reads and return how many; placeholders stay.
+
+    Random or mutating calls that nobody reads must be gone or functional already: fx itself would
+    keep ``dropout`` or ``assert`` alive by a list of names that knows nothing of our modules.
+    """
+    erased = 0
+    for node in reversed(list(graph.nodes)):
+        if node.op in ("placeholder", "output") or node.users or node.meta.get("keep"):
+            continue
+        graph.erase_node(node)
+        erased += 1
+    return erased
+
+
+def user_line(node: fx.Node) -> str:
+    """``file.py:12`` of the innermost user line that made the node, or ``""``."""
+    trace = node.meta.get("stack_trace") or node.stack_trace or ""
+    lines = [line.strip() for line in trace.splitlines() if line.strip().startswith("File ")]
+    for line in reversed(lines):
+        parts = line.split('"')
+        if len(parts) < 3 or any(skip in parts[1] for skip in _NOT_USER_CODE):
+            continue
+        number = parts[2].split("line ")[-1].split(",")[0]
+        return f"{parts[1].rsplit('/', 1)[-1]}:{number.strip()}"
+    return ""
+
+
+def describe_call(owner: nn.Module, node: fx.Node) -> str:
+    """A short name for what a node does: ``"Conv2d"``, ``"relu"``, ``"placeholder"``."""
+    module = called_module(owner, node)
+    if module is not None:
+        return type(module).__name__
+    return called_name(node) or node.op

@@ -1,0 +1,238 @@
+"""The quantizer's arithmetic in plain, vectorised torch (contract 4.1 to 4.5).
+
+Functions take the level set's spec string, since operators pass it; lookup tables are kept per
+(spec, device). They are defined on the half-unit grid: thresholds ``q_i + q_{i+1}`` are integers
+there, so a table look-up after ``ceil`` is exact, and ties go to the lower level.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+
+import torch
+
+from ..levels import LevelSet
+
+ALPHA_MIN, ALPHA_MAX = 2.0**-40, 2.0**40
+
+#: Units up to here have a half-unit table; larger ones search, in float64.
+TABLE_UNIT = 2**15
+
+
+@functools.lru_cache(maxsize=256)
+def index_table(spec: str, device: torch.device) -> torch.Tensor:
+    """Index of every half-unit from ``2·q_min`` to ``2·q_max``; uint8 or int16."""
+    levels = LevelSet.parse(spec)
+    halves = range(2 * levels.q_min, 2 * levels.q_max + 1)
+    found = [bisect.bisect_left(levels.thresholds, half) for half in halves]
+    return torch.tensor(found, dtype=index_dtype(spec), device=device)
+
+
+@functools.lru_cache(maxsize=256)
+def level_table(spec: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Integer level of every index."""
+    return torch.tensor(LevelSet.parse(spec).levels, device=device).to(dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def half_unit_levels(spec: str, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    """Integer level of every half-unit: both tables in one look-up."""
+    return level_table(spec, device, dtype)[index_table(spec, device).long()]
+
+
+def index_dtype(spec: str) -> torch.dtype:
+    """uint8 up to 256 levels, else int16."""
+    return torch.uint8 if LevelSet.parse(spec).index_dtype == "uint8" else torch.int16
+
+
+def working_dtype(x: torch.Tensor) -> torch.dtype:
+    """float64 stays; everything narrower is widened, exactly, to float32."""
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def spread(
+    alpha: torch.Tensor, x: torch.Tensor, axis: int | None, group_size: int | None
+) -> torch.Tensor:
+    """α, clamped to its limits, of a shape that broadcasts to ``x``."""
+    alpha = alpha.clamp(ALPHA_MIN, ALPHA_MAX)
+    if axis is None:
+        return alpha.reshape(())
+    axis %= x.dim()
+    if group_size is None:
+        return alpha.reshape([-1 if dim == axis else 1 for dim in range(x.dim())])
+    rest = [size for dim, size in enumerate(x.shape) if dim != axis]
+    count = 1
+    for size in rest:
+        count *= size
+    wide = alpha.repeat_interleave(group_size, dim=1)[:, :count]
+    return wide.reshape(x.shape[axis], *rest).movedim(0, axis)
+
+
+def reduce_to_alpha(
+    values: torch.Tensor, alpha: torch.Tensor, axis: int | None, group_size: int | None
+) -> torch.Tensor:
+    """Sum per α, in float64; the counterpart of :func:`spread`."""
+    values = values.double()
+    if axis is None:
+        total = values.sum()
+    else:
+        rows = values.movedim(axis, 0).flatten(1) if values.dim() > 1 else values.unsqueeze(1)
+        if group_size is None:
+            total = rows.sum(1)
+        else:
+            rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group_size))
+            total = rows.unflatten(1, (-1, group_size)).sum(2)
+    return total.reshape(alpha.shape).to(alpha.dtype)
+
+
+def half_units(
+    x: torch.Tensor, alpha: torch.Tensor, spec: str, axis: int | None, group_size: int | None
+) -> torch.Tensor:
+    """``clamp(ceil(fl(x · fl(2M/α))), 2·q_min, 2·q_max)``, NaN as 0; float of x's strides."""
+    levels, dtype = LevelSet.parse(spec), working_dtype(x)
+    if levels.unit > TABLE_UNIT:
+        dtype = torch.float64
+    x = x.to(dtype)
+    scale = (2 * levels.unit) / spread(alpha.to(dtype), x, axis, group_size)
+    t = (x * scale).ceil_().clamp_(2 * levels.q_min, 2 * levels.q_max)
+    return t.nan_to_num_(nan=0.0)
+
+
+def look_up(table: torch.Tensor, place: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """``table[place]``, laid out in memory as ``empty_like(like)`` is."""
+    out = torch.empty_like(like, dtype=table.dtype)
+    if out.stride() == place.stride() and _is_dense(place):
+        flat, count = place.as_strided((place.numel(),), (1,)), place.numel()
+        torch.index_select(table, 0, flat, out=out.as_strided((count,), (1,)))
+        return out
+    return out.copy_(table[place.long()])
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    return x.is_contiguous() or (
+        x.numel() > 0 and x.numel() == 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+    )
+
+
+def quantize(
+    x: torch.Tensor,
+    alpha: torch.Tensor,
+    spec: str,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> torch.Tensor:
+    """Indices (contract 4.1); NaN gives the zero level's, ±inf clips."""
+    levels, half = LevelSet.parse(spec), half_units(x, alpha, spec, axis, group_size)
+    if levels.unit > TABLE_UNIT:
+        thresholds = torch.tensor(levels.thresholds, dtype=torch.float64, device=x.device)
+        found = torch.searchsorted(thresholds, half.contiguous())
+        return torch.empty_like(x, dtype=index_dtype(spec)).copy_(found)
+    place = (half - 2 * levels.q_min).to(torch.int32)
+    return look_up(index_table(spec, x.device), place, x)
+
+
+def to_level(index: torch.Tensor, spec: str, dtype: torch.dtype) -> torch.Tensor:
+    """The integer levels of indices, as floats."""
+    return look_up(level_table(spec, index.device, dtype), index.to(torch.int32), index)
+
+
+def dequantize(
+    index: torch.Tensor,
+    alpha: torch.Tensor,
+    spec: str,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> torch.Tensor:
+    """``fl(q · fl(α/M))`` (contract 4.2), float32, or float64 where α is."""
+    unit, wanted = LevelSet.parse(spec).unit, working_dtype(alpha)
+    dtype = torch.float64 if unit > TABLE_UNIT else wanted
+    step = spread(alpha.to(dtype), index, axis, group_size) / unit
+    if axis is None:
+        values = (level_table(spec, index.device, dtype) * step).to(wanted)
+        return look_up(values, index.to(torch.int32), index)
+    return _like(to_level(index, spec, dtype).mul_(step).to(wanted), index)
+
+
+def _like(values: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    out = torch.empty_like(like, dtype=values.dtype)
+    return values if values.stride() == out.stride() else out.copy_(values)
+
+
+def fake_quantize(
+    x: torch.Tensor,
+    alpha: torch.Tensor,
+    spec: str,
+    axis: int | None = None,
+    group_size: int | None = None,
+    grad: str = "ste",
+    nan_to_zero: bool = False,
+) -> torch.Tensor:
+    """``dequantize(quantize(x))`` in one look-up.
+
+    In the train form NaN stays and the result has x's dtype; with ``nan_to_zero`` (eval) NaN
+    becomes zero and the result is float32 (float64 for float64).
+    """
+    unit = LevelSet.parse(spec).unit
+    if unit > TABLE_UNIT:
+        index = quantize(x, alpha, spec, axis, group_size)
+        y = dequantize(index, alpha, spec, axis, group_size).to(working_dtype(x))
+    else:
+        dtype, low = working_dtype(x), 2 * LevelSet.parse(spec).q_min
+        place = (half_units(x, alpha, spec, axis, group_size) - low).to(torch.int32)
+        step = spread(alpha.to(dtype), x, axis, group_size) / unit
+        table = half_unit_levels(spec, x.device, dtype)
+        if axis is None:
+            y = look_up(table * step, place, x)
+        else:
+            y = look_up(table, place, x).mul_(step)
+    if nan_to_zero:
+        return _like(y, x)
+    return _like(torch.where(x.isnan(), x.to(y.dtype), y).to(x.dtype), x)
+
+
+def fake_quantize_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    alpha: torch.Tensor,
+    spec: str,
+    axis: int | None,
+    group_size: int | None,
+    mode: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradients for x and α (contract 4.4); a NaN element gets and gives none.
+
+    An α outside its limits only receives a gradient that leads it back.
+    """
+    levels, dtype = LevelSet.parse(spec), working_dtype(x)
+    wide, clip = x.to(dtype), spread(alpha.to(dtype), x, axis, group_size)
+    step = clip / levels.unit
+    above = wide > levels.q_max * step
+    inside = ~above & (wide >= levels.q_min * step)
+    dx = _like(torch.where(inside, grad.to(dtype), 0.0).to(x.dtype), x)
+    if mode == "ste":
+        return dx, torch.zeros_like(alpha)
+    place = half_units(x, alpha, spec, axis, group_size)
+    if levels.unit > TABLE_UNIT:
+        q = to_level(quantize(x, alpha, spec, axis, group_size), spec, dtype)
+    else:
+        place = (place - 2 * levels.q_min).to(torch.int32)
+        q = look_up(half_unit_levels(spec, x.device, dtype), place, x)
+    share = q / levels.unit - torch.where(inside, wide / clip, 0.0)
+    share = torch.where(wide.isnan(), 0.0, share * grad.to(dtype))
+    dalpha = reduce_to_alpha(share, alpha, axis, group_size)
+    dalpha = torch.where(alpha < ALPHA_MIN, dalpha.clamp(max=0), dalpha)
+    return dx, torch.where(alpha > ALPHA_MAX, dalpha.clamp(min=0), dalpha)
+
+
+def to_levels(
+    x: torch.Tensor,
+    alpha: torch.Tensor,
+    spec: str,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> torch.Tensor:
+    """The integer level of a value on the grid, ``rint(x · fl(M/α))``, float32; exact to 2^15."""
+    dtype = working_dtype(x)
+    scale = LevelSet.parse(spec).unit / spread(alpha.to(dtype), x, axis, group_size)
+    return _like((x.to(dtype) * scale).round_().to(torch.float32), x)

@@ -1,0 +1,40 @@
+"""Prepared and converted operators.
+
+``op`` says what all have in common, ``quantize`` how results leave a converted operator.
+``products`` (multiply-accumulate kinds) and ``fold`` (scale, bias and batch norm) are the arithmetic
+that both stages of a layer share; ``prepared`` and ``converted`` hold the layers, ``add`` and
+``pool`` a pair each. Files import only those named before them here.
+"""
+
+from .add import ConvertedAdd, PreparedAdd
+from .converted import ConvertedLayer
+from .op import ConvertedOp, PreparedOp
+from .pool import ConvertedPool, Pool, PreparedPool
+from .prepared import PREPARED, PreparedLayer, can_fold
+from .quantize import Quantize, Reader
+from .through_float import ThroughFloat
+
+#: Which converted operator takes a prepared one's place.
+CONVERTED: tuple[tuple[type[PreparedOp], type[ConvertedOp]], ...] = (
+    (PreparedLayer, ConvertedLayer),
+    (PreparedAdd, ConvertedAdd),
+    (PreparedPool, ConvertedPool),
+)
+
+__all__ = [
+    "CONVERTED",
+    "PREPARED",
+    "ConvertedAdd",
+    "ConvertedLayer",
+    "ConvertedOp",
+    "ConvertedPool",
+    "Pool",
+    "PreparedAdd",
+    "PreparedLayer",
+    "PreparedOp",
+    "PreparedPool",
+    "Quantize",
+    "Reader",
+    "ThroughFloat",
+    "can_fold",
+]

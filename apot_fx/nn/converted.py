@@ -1,0 +1,94 @@
+"""Converted layers: packed integer weights, indices in."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..errors import TensorError
+from ..fake_quant import FakeQuantize
+from ..tensor import ApotTensor, keep_float32
+from .fold import scale_and_bias
+from .op import ConvertedOp
+from .prepared import PreparedLayer
+from .products import EXACT_SUM, Product
+
+
+class ConvertedLayer(ConvertedOp):
+    """A Linear or convolution on packed weights; called as ``layer(x, *readers)``.
+
+    ``x`` is a tensor of indices, or float where the layer is weight-only. Child ``weight`` is the
+    :class:`ApotTensor`; buffers ``s`` (``(C,)`` or ``(C, groups)``) and ``b`` (``(C,)``), float32,
+    hold the scale and bias with batch norm folded in.
+    """
+
+    s: torch.Tensor
+    b: torch.Tensor
+
+    def __init__(
+        self,
+        layer: PreparedLayer,
+        fake_quant: FakeQuantize | None,
+        batch_norm: nn.Module | None,
+    ) -> None:
+        super().__init__()
+        quant = layer.weight_fake_quant
+        self.kind = layer.float_type.__name__
+        self.product: Product = layer.product
+        self.output_dtype = layer.weight.dtype
+        self.weight = ApotTensor(
+            layer.integer_weight(),
+            quant.alpha,
+            quant.known_level_set(),
+            quant.axis,
+            quant.group_size,
+        )
+        self.input_levels = None if fake_quant is None else fake_quant.known_level_set()
+        self.input_spec = "" if self.input_levels is None else self.input_levels.spec
+        step = None if fake_quant is None else fake_quant.step()
+        with torch.no_grad():
+            s, b = scale_and_bias(step, quant.step(), len(layer.weight), layer.bias, batch_norm)
+        self.register_buffer("s", s)
+        self.register_buffer("b", b)
+        self.folds_batch_norm = batch_norm is not None
+        self.wide = self._largest_sum() > EXACT_SUM
+
+    def _largest_sum(self) -> float:
+        """The largest partial sum that any input can give, from the weights themselves."""
+        if self.input_levels is None:
+            return 0.0
+        rows = self.weight.levels().flatten(1).double()
+        self.weight.drop_cache()
+        positive, negative = rows.clamp(min=0).sum(1), rows.clamp(max=0).neg().sum(1)
+        worst = positive + negative if self.input_levels.signed else torch.maximum(positive, negative)
+        return self.input_levels.unit * float(worst.max()) if worst.numel() else 0.0
+
+    def compute(self, x: torch.Tensor) -> torch.Tensor:
+        if self.folds_batch_norm and not self.product.channels_meet_batch_norm(x):
+            raise TensorError(
+                f"{self.kind} with batch norm folded in got {x.dim()}-d input, whose channels batch "
+                "norm would not see; normalise before the Linear or leave the layer in float"
+            )
+        size, weight = self.weight.group_size, self.weight.levels()
+        if self.input_spec:
+            x = torch.ops.apot_fx.levels(x, self.input_spec)
+            y = self.product(x, weight, self.s, self.b, size, self.wide)
+        else:
+            y = self.product.weight_only(x, weight, self.s, self.b, size or weight[0].numel())
+        return y.to(self.output_dtype)
+
+    def check_state(self, state: Mapping[str, Any]) -> None:
+        for key in ("s", "b"):
+            value = state.get(key)
+            if value is not None and not torch.isfinite(value).all():
+                raise TensorError(f"{key}: holds NaN or inf; the file is damaged")
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        return super()._apply(keep_float32(fn), recurse)
+
+    def extra_repr(self) -> str:
+        inputs = self.input_levels or "float activations"
+        return f"{self.kind}, {inputs} -> {tuple(self.weight.shape)}"

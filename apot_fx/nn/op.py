@@ -1,0 +1,52 @@
+"""What prepared and converted operators have in common."""
+
+from __future__ import annotations
+
+import abc
+from typing import Any
+
+import torch
+from torch import nn
+
+from .quantize import Reader, emit
+
+
+class PreparedOp(nn.Module):
+    """An operator on quantized inputs; called as ``op(x, fake_quant, batch_norm)``.
+
+    ``x`` is a value on ``fake_quant``'s grid, or a tuple of them. Modules are passed, not stored,
+    since one operator may be called at several nodes.
+    """
+
+
+class ConvertedOp(nn.Module):
+    """The same on indices; called as ``op(x, *readers)``.
+
+    It re-quantizes its result itself for every quantized reader: the pass over a result decides a
+    network's speed, so it belongs to the operator, and no float tensor shows in the graph.
+    """
+
+    input_spec: str  # level set of the input's indices; "" where the input is float
+
+    @abc.abstractmethod
+    def compute(self, x: Any) -> torch.Tensor:
+        """The float result, by the contract's arithmetic."""
+
+    def forward(self, x: Any, *readers: Reader) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        return emit(self.compute(x), readers)
+
+
+def with_gradient_of(value: torch.Tensor, surrogate: torch.Tensor) -> torch.Tensor:
+    """``value`` with ``surrogate``'s gradient: eval stays exact and can still be trained through."""
+    result: torch.Tensor = _GradientOf.apply(value, surrogate)
+    return result
+
+
+class _GradientOf(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, value: torch.Tensor, surrogate: torch.Tensor) -> torch.Tensor:
+        return value.view_as(value)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: torch.Tensor) -> tuple[None, torch.Tensor]:
+        return None, grad[0]

@@ -1,0 +1,292 @@
+"""Observers: they see tensors and propose α (the clip value).
+
+Statistics are buffers of their final shape from the start, so that state_dicts always fit.
+Non-finite values are ignored.
+"""
+
+from __future__ import annotations
+
+import abc
+
+import torch
+import torch.nn.functional as functional
+from torch import nn
+
+from .config import ACTIVATION_OBSERVERS, check_choice
+from .errors import TensorError
+from .kernels import ALPHA_MAX, ALPHA_MIN
+from .levels import LevelSet
+
+#: Histogram: bins per octave (a power of two), and octaves from 2^-40 to 2^40.
+_SUB_BITS = 5
+_OCTAVES = 80
+_BINS = _OCTAVES << _SUB_BITS
+_FIRST = (127 - 40) << _SUB_BITS
+
+
+def rows_of(x: torch.Tensor, axis: int | None, group_size: int | None) -> torch.Tensor:
+    """One row of values per α, float32; short groups are filled up with zeros."""
+    x = x.detach().float()
+    if axis is None:
+        return x.reshape(1, -1)
+    rows = x.movedim(axis, 0).reshape(x.shape[axis], -1)
+    if group_size is None:
+        return rows
+    return functional.pad(rows, (0, -rows.shape[1] % group_size)).reshape(-1, group_size)
+
+
+def covering_alpha(low: torch.Tensor, high: torch.Tensor, level_set: LevelSet) -> torch.Tensor:
+    """The smallest α whose range ``[q_min, q_max] · α/M`` holds [low, high], within α's limits.
+
+    An unsigned set looks at ``high`` alone.
+    """
+    unit, alpha = level_set.unit, torch.zeros_like(high)
+    if level_set.q_max > 0:
+        alpha = high.clamp(min=0) * (unit / level_set.q_max)
+    if level_set.q_min < 0:
+        alpha = torch.maximum(alpha, (-low).clamp(min=0) * (unit / -level_set.q_min))
+    return alpha.clamp(ALPHA_MIN, ALPHA_MAX)
+
+
+class Observer(nn.Module, abc.ABC):
+    """Base of the observers.
+
+    Args:
+        shape: of α: ``()`` per tensor, ``(C,)`` per channel, ``(C, groups)`` per group.
+        axis, group_size: which elements belong to which α, as for :func:`apot_fx.quantize`.
+
+    Buffers: ``low``, ``high`` (float32, of ``shape``): the smallest and largest finite value seen.
+    """
+
+    low: torch.Tensor
+    high: torch.Tensor
+
+    def __init__(
+        self, shape: tuple[int, ...] = (), axis: int | None = None, group_size: int | None = None
+    ) -> None:
+        super().__init__()
+        self.axis, self.group_size = axis, group_size
+        self.register_buffer("low", torch.full(shape, float("inf")))
+        self.register_buffer("high", torch.full(shape, -float("inf")))
+
+    @property
+    def seen(self) -> bool:
+        """Whether any finite value was observed."""
+        return bool((self.high >= self.low).any())
+
+    def is_signed(self) -> bool:
+        """Whether a negative value was observed."""
+        return bool((self.low < 0).any())
+
+    @torch.no_grad()
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Observe ``x`` and return it unchanged."""
+        rows = rows_of(x, self.axis, self.group_size)
+        finite = rows.isfinite()
+        if rows.numel() and bool(finite.any()):
+            self.update(rows, finite)
+        return x
+
+    def update(self, rows: torch.Tensor, finite: torch.Tensor) -> None:
+        """Take in one batch, a row per α; some value is finite."""
+        self._widen(*_ends(rows, finite))
+
+    def _widen(self, low: torch.Tensor, high: torch.Tensor) -> None:
+        self.low.copy_(torch.minimum(self.low, low.reshape(self.low.shape)))
+        self.high.copy_(torch.maximum(self.high, high.reshape(self.high.shape)))
+
+    def propose(self, level_set: LevelSet) -> torch.Tensor:
+        """α for a level set, float32, of ``shape``, within [2^-40, 2^40]."""
+        seen = self.high >= self.low
+        zero = torch.zeros_like(self.low)
+        low, high = torch.where(seen, self.low, zero), torch.where(seen, self.high, zero)
+        return covering_alpha(low, high, level_set)
+
+    def reset(self) -> None:
+        """Forget everything."""
+        self.low.fill_(float("inf"))
+        self.high.fill_(-float("inf"))
+
+    def merge(self, other: Observer) -> None:
+        """Add what another observer of this kind and shape saw."""
+        self._widen(other.low, other.high)
+
+
+def _ends(rows: torch.Tensor, finite: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    infinity = float("inf")
+    low = rows.masked_fill(~finite, infinity).amin(1)
+    return low, rows.masked_fill(~finite, -infinity).amax(1)
+
+
+class MinMaxObserver(Observer):
+    """α covers everything seen."""
+
+
+class MovingAverageObserver(Observer):
+    """α covers a moving average of each batch's range: ``ends += 0.1 · (batch's ends − ends)``.
+
+    The first batch starts the average. Merging takes the mean of both averages.
+    """
+
+    constant = 0.1
+
+    def update(self, rows: torch.Tensor, finite: torch.Tensor) -> None:
+        for kept, new in zip((self.low, self.high), _ends(rows, finite), strict=True):
+            new = new.reshape(kept.shape)
+            moved = kept + self.constant * (new - kept)
+            kept.copy_(torch.where(new.isinf(), kept, torch.where(kept.isinf(), new, moved)))
+
+    def merge(self, other: Observer) -> None:
+        for kept, new in ((self.low, other.low), (self.high, other.high)):
+            mean = (kept + new) / 2
+            kept.copy_(torch.where(new.isinf(), kept, torch.where(kept.isinf(), new, mean)))
+
+
+class HistogramObserver(Observer):
+    """Counts of magnitudes in fixed bins, 32 an octave, per sign; order and merging are exact.
+
+    Buffer ``counts``: int64, ``(*shape, 2, bins)``: positive then negative values. Magnitudes
+    below 2^-40 fall into the first bin, above 2^40 into the last.
+    """
+
+    counts: torch.Tensor
+
+    def __init__(
+        self, shape: tuple[int, ...] = (), axis: int | None = None, group_size: int | None = None
+    ) -> None:
+        super().__init__(shape, axis, group_size)
+        self.register_buffer("counts", torch.zeros(*shape, 2, _BINS, dtype=torch.int64))
+
+    def update(self, rows: torch.Tensor, finite: torch.Tensor) -> None:
+        super().update(rows, finite)
+        bits = rows.abs().contiguous().view(torch.int32) >> (23 - _SUB_BITS)
+        place = (bits - _FIRST).clamp(0, _BINS - 1).long()
+        row = torch.arange(len(rows), device=rows.device).unsqueeze(1)
+        place = (2 * row + (rows < 0).long()) * _BINS + place
+        counts = torch.bincount(place[finite], minlength=2 * _BINS * len(rows))
+        self.counts += counts.reshape(self.counts.shape)
+
+    def reset(self) -> None:
+        super().reset()
+        self.counts.zero_()
+
+    def merge(self, other: Observer) -> None:
+        assert isinstance(other, HistogramObserver)
+        super().merge(other)
+        self.counts += other.counts
+
+    def _magnitudes(self, level_set: LevelSet) -> torch.Tensor:
+        """Counts per α and magnitude bin, float64, of the signs that the set can hold."""
+        counts = self.counts.reshape(-1, 2, _BINS).double()
+        return counts[:, 0] + counts[:, 1] if level_set.signed else counts[:, 0]
+
+
+def _edges(device: torch.device) -> torch.Tensor:
+    """Lower edges of the magnitude bins and the upper edge of the last, float64."""
+    place = torch.arange(_BINS + 1, device=device)
+    octave, part = place >> _SUB_BITS, place & ((1 << _SUB_BITS) - 1)
+    return torch.ldexp(1 + part.double() / (1 << _SUB_BITS), octave - 40)
+
+
+class PercentileObserver(HistogramObserver):
+    """α is the magnitude that 99.99 % of the values do not exceed, to within a bin."""
+
+    percentile = 99.99
+
+    def propose(self, level_set: LevelSet) -> torch.Tensor:
+        counts = self._magnitudes(level_set)
+        wanted = counts.sum(1, keepdim=True) * (self.percentile / 100)
+        place = torch.searchsorted(counts.cumsum(1), wanted).squeeze(1).clamp(max=_BINS - 1)
+        edge = _edges(counts.device)[1:][place].float().reshape(self.low.shape)
+        return torch.minimum(edge, super().propose(level_set)).clamp(ALPHA_MIN, ALPHA_MAX)
+
+
+class MSEObserver(HistogramObserver):
+    """α with the least squared error of ``dequantize(quantize(x))``, over the histogram."""
+
+    def propose(self, level_set: LevelSet) -> torch.Tensor:
+        counts, largest = self._magnitudes(level_set), super().propose(level_set)
+        edges = _edges(counts.device)
+        centres = ((edges[:-1] + edges[1:]) / 2).float()
+        used = counts.sum(0) > 0
+        values = centres[used].expand(len(counts), -1)
+        alpha = _least_squares(values, largest.reshape(-1), level_set, counts[:, used])
+        return alpha.reshape(self.low.shape)
+
+
+def _least_squares(
+    rows: torch.Tensor,
+    largest: torch.Tensor,
+    level_set: LevelSet,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """The α of every row with the least squared error: 21 ratios of ``largest``, then 8 near it."""
+    best, error = largest, torch.full_like(largest, float("inf"), dtype=torch.float64)
+    ratio = torch.ones_like(largest)
+
+    def attempt(candidate: torch.Tensor) -> None:
+        nonlocal best, error, ratio
+        alpha = (largest * candidate).clamp(ALPHA_MIN, ALPHA_MAX)
+        lost = torch.ops.apot_fx.fake_quantize(rows, alpha, level_set.spec, 0) - rows
+        squares = lost.double().square()
+        total = (squares if weights is None else squares * weights).sum(1)
+        better = total < error
+        best, error = torch.where(better, alpha, best), torch.where(better, total, error)
+        ratio = torch.where(better, candidate, ratio)
+
+    for coarse in range(21):
+        attempt(torch.full_like(largest, 1.1 - 0.05 * coarse))
+    centre = ratio
+    for fine in (-4, -3, -2, -1, 1, 2, 3, 4):
+        attempt(centre + 0.01 * fine)
+    return best
+
+
+#: Elements that the search for α works on at a time.
+_CHUNK = 2**22
+
+
+@torch.no_grad()
+def weight_alpha(
+    weight: torch.Tensor,
+    level_set: LevelSet,
+    observer: str,
+    axis: int | None,
+    group_size: int | None,
+    name: str = "weight",
+) -> torch.Tensor:
+    """α of a weight, found from the weight itself: ``"minmax"`` or ``"mse"``.
+
+    float32, ``()``, ``(C,)`` or ``(C, groups)``. Raises TensorError naming ``name`` for NaN or inf.
+    """
+    if not bool(weight.isfinite().all()):
+        raise TensorError(f"{name} holds NaN or inf; repair or reload it before quantizing")
+    rows = rows_of(weight, axis, group_size)
+    if not rows.shape[1]:
+        rows = rows.new_zeros(len(rows), 1)
+    largest = covering_alpha(rows.amin(1), rows.amax(1), level_set)
+    if observer == "mse":
+        count = max(1, _CHUNK // rows.shape[1])
+        parts = zip(rows.split(count), largest.split(count), strict=True)
+        found = [_least_squares(part, ends, level_set) for part, ends in parts]
+        largest = torch.cat(found) if found else largest
+    if axis is None:
+        return largest.reshape(())
+    channels = weight.shape[axis]
+    return largest if group_size is None else largest.reshape(channels, -1)
+
+
+OBSERVERS: dict[str, type[Observer]] = {
+    "minmax": MinMaxObserver,
+    "moving_average": MovingAverageObserver,
+    "percentile": PercentileObserver,
+    "mse": MSEObserver,
+}
+
+
+def make_observer(
+    name: str, shape: tuple[int, ...], axis: int | None, group_size: int | None
+) -> Observer:
+    """An observer by name; raises ConfigError (did you mean …)."""
+    check_choice("observer", name, ACTIVATION_OBSERVERS)
+    return OBSERVERS[name](shape, axis, group_size)

@@ -1,0 +1,59 @@
+"""The passes, in execution order.
+
+``trace`` makes a stage of a model; then each pass rewrites it:
+
+=====================  ==========================================================================
+functionalize          in-place ops become out-of-place, readers are re-pointed
+normalize              functional dropout and batch norm become modules
+annotate               every layer gets a plan or a reason (the only place of policy)
+residual               adds and average pools become operators, where the config says so
+fold                   a layer and the batch norm that alone reads it become one call
+share                  which quantized edges use one fake-quant
+insert                 fake-quants on the edges, layers in their prepared form
+hoist                  fake-quants move up over index ops
+drop_dropout           (convert from here) dropout is an identity in eval
+hoist                  once more: dropout may have stood in the way
+convert_activations    fake-quants become quantizers, index ops take their index form
+convert_layers         layers run on packed weights and re-quantize for their readers
+=====================  ==========================================================================
+
+``base`` holds the contract of a pass, ``stage`` the GraphModule they work on, ``index_ops`` what
+may be moved over what, ``grammar`` the invariants. A pass imports these and, where it reads what
+an earlier pass wrote, that pass's keys.
+"""
+
+from __future__ import annotations
+
+from ..config import QConfigMapping
+from .annotate import Annotate
+from .base import Pass, run_passes
+from .convert import ConvertActivations, ConvertLayers, DropDropout
+from .fold import FoldBatchNorm
+from .functionalize import Functionalize
+from .hoist import Hoist
+from .insert import Insert
+from .normalize import Normalize
+from .residual import QuantizeResiduals
+from .share import Share
+from .trace import ApotTracer, trace
+
+__all__ = ["ApotTracer", "convert_passes", "prepare_passes", "run_passes", "trace"]
+
+
+def prepare_passes(mapping: QConfigMapping) -> tuple[Pass, ...]:
+    """From a traced stage to a prepared one."""
+    return (
+        Functionalize(),
+        Normalize(),
+        Annotate(mapping),
+        QuantizeResiduals(mapping),
+        FoldBatchNorm(),
+        Share(),
+        Insert(),
+        Hoist(),
+    )
+
+
+def convert_passes(low_memory: bool = False) -> tuple[Pass, ...]:
+    """From a prepared stage in eval mode to a converted one."""
+    return DropDropout(), Hoist(), ConvertActivations(), ConvertLayers(low_memory)

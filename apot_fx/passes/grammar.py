@@ -1,0 +1,93 @@
+"""What a graph must look like at each stage; broken rules raise GrammarError with the node."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterator
+
+from torch import fx
+
+from ..errors import GrammarError
+from ..fake_quant import FakeQuantize
+from ..graph import called_module
+from ..nn import ConvertedOp, PreparedOp, Quantize
+from .index_ops import bounds, index_op
+from .stage import StageModule, info, inputs_of
+
+
+def is_prepared(stage: StageModule) -> None:
+    """Every quantized call reads its own fake-quant through index ops; ids are unique."""
+    _ids_are_unique(stage)
+    for node in stage.graph.nodes:
+        if not isinstance(called_module(stage, node), PreparedOp) or len(node.args) < 2:
+            continue
+        module = node.args[1]
+        if module is None:
+            continue
+        for source in (s for value in inputs_of(node) for s in _sources(stage, value)):
+            if source.op != "call_module" or source.target != module.target:
+                raise GrammarError(
+                    f"{node.name}: reads {source.name}, which is not on the grid of {module.target}"
+                )
+
+
+def is_hoisted(stage: StageModule) -> None:
+    """No fake-quant reads what an index op made (dropout with other readers excepted)."""
+    is_prepared(stage)
+    for node in stage.graph.nodes:
+        if isinstance(called_module(stage, node), FakeQuantize):
+            match = index_op(stage, node.args[0])
+            if match is not None and match.kind != "dropout":
+                raise GrammarError(f"{node.name}: stands below the index op {node.args[0].name}")
+
+
+def is_converted(stage: StageModule) -> None:
+    """Only indices flow between quantized layers that index ops join, and no fake-quant is left."""
+    _ids_are_unique(stage)
+    for name, module in stage.named_modules():
+        if isinstance(module, (FakeQuantize, PreparedOp)):
+            raise GrammarError(f"{name}: {type(module).__name__} is left after convert")
+    for node in stage.graph.nodes:
+        module = called_module(stage, node)
+        if isinstance(module, ConvertedOp) and module.input_spec:
+            for source in (s for value in inputs_of(node) for s in _sources(stage, value)):
+                if not info(source).quantizer:
+                    raise GrammarError(f"{node.name}: reads {source.name}, which is no index")
+        if isinstance(module, Quantize):
+            _reads_true_float(stage, node)
+
+
+def _reads_true_float(stage: StageModule, node: fx.Node) -> None:
+    """A quantizer of its own must stand behind a float op, never behind a quantized layer."""
+    pending: list[tuple[fx.Node, bool]] = [(node.args[0], True)]
+    while pending:
+        source, zero_survives = pending.pop()
+        layer = source.args[0] if source.target is operator.getitem else source
+        if isinstance(called_module(stage, layer), ConvertedOp):
+            raise GrammarError(f"{node.name}: quantizes what {layer.name} gives in float")
+        match, limits = index_op(stage, source), bounds(stage, source)
+        if limits is not None:
+            pending.append((source.args[0], zero_survives and limits[0] <= 0 <= limits[1]))
+        elif match is not None and (zero_survives or match.kind != "zero_pad"):
+            pending.extend((inner, zero_survives) for inner in match.inputs)
+
+
+def _sources(stage: StageModule, node: fx.Node) -> Iterator[fx.Node]:
+    """Where a value comes from, through index ops."""
+    match = index_op(stage, node) if not isinstance(called_module(stage, node), Quantize) else None
+    if match is None:
+        yield node
+        return
+    for source in match.inputs:
+        yield from _sources(stage, source)
+
+
+def _ids_are_unique(stage: StageModule) -> None:
+    seen: dict[int, str] = {}
+    for node in stage.graph.nodes:
+        number = info(node).id
+        if number is None:
+            continue
+        if number in seen:
+            raise GrammarError(f"{node.name}: provenance {number} is {seen[number]}'s already")
+        seen[number] = node.name

@@ -1,0 +1,79 @@
+"""Insert: fake-quants on the edges before quantized layers, and the layers' prepared form."""
+
+from __future__ import annotations
+
+import torch
+from torch import fx, nn
+
+from ..fake_quant import FakeQuantize
+from ..graph import called_module, module_aliases, replace_argument, set_submodule
+from ..nn import PREPARED, PreparedLayer
+from .annotate import plan_of
+from .base import Pass, PassReport
+from .share import GROUP, UNSIGNED
+from .stage import NodeInfo, StageModule, info, inputs_of, next_id, set_info
+
+#: torch's name for what stands behind an activation, kept so that people find it.
+ACTIVATION = "activation_post_process_"
+
+
+class Insert(Pass):
+    """Write ``layer(fake_quant(x), fake_quant module, …)`` for every planned call.
+
+    The module is an argument beside its result because one layer may be called at two nodes and
+    must know, each time, which grid its input lies on.
+    """
+
+    name = "insert"
+
+    def run(self, stage: StageModule, report: PassReport) -> None:
+        aliases = module_aliases(stage)
+        made: dict[tuple[str, fx.Node], fx.Node] = {}
+        for node in list(stage.graph.nodes):
+            plan = plan_of(node)
+            if plan is None:
+                continue
+            layer = called_module(stage, node)
+            assert isinstance(layer, nn.Module)
+            if plan.weight is not None and not isinstance(layer, PreparedLayer):
+                name = str(node.target)
+                prepared = PREPARED[type(layer)].take_over(layer, plan.weight, name)
+                for alias in aliases[id(layer)]:
+                    set_submodule(stage, alias, prepared)
+                report.change(name, f"weight on {plan.weight.describe()}")
+            if plan.activation is not None:
+                self._insert_activation(stage, node, made)
+                report.change(node, f"input through {ACTIVATION}{node.meta[GROUP]}")
+
+    @staticmethod
+    def _insert_activation(
+        stage: StageModule, node: fx.Node, made: dict[tuple[str, fx.Node], fx.Node]
+    ) -> None:
+        plan = plan_of(node)
+        assert plan is not None and plan.activation is not None
+        name = f"{ACTIVATION}{node.meta[GROUP]}"
+        if name not in stage._modules:
+            unsigned = node.meta[UNSIGNED]
+            fake_quant = FakeQuantize.for_activation(plan.activation, False if unsigned else None)
+            stage.add_module(name, fake_quant.to(_device(stage)).train(stage.training))
+        for source in inputs_of(node):
+            call = made.get((name, source))
+            if call is None:
+                call = made[name, source] = insert_call(stage, name, source)
+            replace_argument(node, source, call)
+        with stage.graph.inserting_before(node):
+            module = stage.graph.get_attr(name)
+        node.args = (node.args[0], module, *node.args[2:])
+
+
+def insert_call(stage: StageModule, name: str, source: fx.Node) -> fx.Node:
+    """A call of fake-quant ``name`` on ``source``, right after it, with a provenance of its own."""
+    graph = source.graph
+    with graph.inserting_after(source):
+        call = graph.call_module(name, (source,))
+    set_info(call, NodeInfo(id=next_id(graph), origin=info(source).origin, quantizer=name))
+    return call
+
+
+def _device(stage: StageModule) -> torch.device:
+    return next((p.device for p in stage.parameters()), torch.device("cpu"))

@@ -1,0 +1,109 @@
+"""Normalise: functional dropout and batch norm become modules, so that training flags stay live.
+
+Tracing writes the value that ``self.training`` had into the call; a module follows
+``prepared.train()`` and ``prepared.eval()``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import fx, nn
+
+from ..graph import free_name, set_submodule
+from .base import Pass, PassReport
+from .functionalize import is_functional
+from .stage import StageModule
+from .trace import TRAINING_OF
+
+DROPOUTS: dict[Any, type[nn.Module]] = {
+    functional.dropout: nn.Dropout,
+    functional.dropout1d: nn.Dropout1d,
+    functional.dropout2d: nn.Dropout2d,
+    functional.dropout3d: nn.Dropout3d,
+    functional.alpha_dropout: nn.AlphaDropout,
+    functional.feature_alpha_dropout: nn.FeatureAlphaDropout,
+    torch.dropout: nn.Dropout,
+}
+
+
+class LiveBatchNorm(nn.Module):
+    """Functional batch norm whose training flag follows the model.
+
+    Its tensors stay where the user's model keeps them and come as arguments.
+    """
+
+    def __init__(self, momentum: float, eps: float) -> None:
+        super().__init__()
+        self.momentum, self.eps = momentum, eps
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        running_mean: torch.Tensor | None,
+        running_var: torch.Tensor | None,
+        weight: torch.Tensor | None,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        use_batch = self.training or running_mean is None
+        return functional.batch_norm(
+            x, running_mean, running_var, weight, bias, use_batch, self.momentum, self.eps
+        )
+
+
+class Normalize(Pass):
+    """Rebuild calls that hold a ``self.training`` as modules of the flag's owner."""
+
+    name = "normalize"
+    requires = (is_functional,)
+
+    def run(self, stage: StageModule, report: PassReport) -> None:
+        for node in list(stage.graph.nodes):
+            owner = node.meta.pop(TRAINING_OF, None)
+            if owner is None:
+                continue
+            if node.target in DROPOUTS:
+                _dropout(stage, node, owner)
+                report.change(node, f"{owner or 'root'}: functional dropout became a module")
+            elif node.target is functional.batch_norm:
+                _batch_norm(stage, node, owner)
+                report.change(node, f"{owner or 'root'}: functional batch norm became a module")
+            else:
+                report.leave(node, "self.training fixed at the value it had while tracing")
+
+
+def _dropout(stage: StageModule, node: fx.Node, owner: str) -> None:
+    bound = _bind(node)
+    module = DROPOUTS[node.target](p=float(bound["p"]))
+    _call(stage, node, owner, module, (bound["input"],))
+
+
+def _batch_norm(stage: StageModule, node: fx.Node, owner: str) -> None:
+    bound = _bind(node)
+    module = LiveBatchNorm(bound["momentum"], bound["eps"])
+    keys = ("input", "running_mean", "running_var", "weight", "bias")
+    _call(stage, node, owner, module, tuple(bound[key] for key in keys))
+
+
+def _bind(node: fx.Node) -> dict[str, Any]:
+    """A functional call's arguments by name, defaults filled in."""
+    target = functional.dropout if node.target is torch.dropout else node.target
+    assert callable(target)
+    bound = inspect.signature(target).bind(*node.args, **node.kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)
+
+
+def _call(
+    stage: StageModule, node: fx.Node, owner: str, module: nn.Module, args: tuple[Any, ...]
+) -> None:
+    """Turn a node into a call of a new module registered at the flag's owner."""
+    parent = stage.get_submodule(owner)
+    prefix = f"{owner}." if owner else ""
+    stem = "functional_" + ("dropout" if len(args) == 1 else "batch_norm")
+    name = prefix + free_name(parent, stem)
+    set_submodule(stage, name, module.train(parent.training))
+    node.op, node.target, node.args, node.kwargs = "call_module", name, args, {}

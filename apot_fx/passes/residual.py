@@ -1,0 +1,168 @@
+"""Residual adds and average pools on indices, where the config asks for it (``residual=8``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from typing import Any
+
+import torch
+from torch import fx, nn
+
+from ..config import ActivationSpec, QConfigMapping
+from ..graph import argument, called_module, called_name, free_name, value_kind
+from ..nn import Pool, PreparedAdd, PreparedOp, PreparedPool
+from .annotate import PLAN, LayerPlan
+from .base import Pass, PassReport
+from .index_ops import is_torch_call
+from .stage import StageModule, set_info
+
+
+@dataclasses.dataclass(frozen=True)
+class QuantizeResiduals(Pass):
+    """Turn adds of two values, and average pools over spatial axes, into operators on a grid.
+
+    Both branches of an add get one α. Does nothing unless the mapping's global choice says
+    ``ActivationSpec(residual=…)``.
+    """
+
+    mapping: QConfigMapping
+
+    name = "residual"
+
+    def run(self, stage: StageModule, report: PassReport) -> None:
+        chosen = self.mapping.global_config
+        bits = chosen.activation.residual if chosen and chosen.activation else None
+        if bits is None:
+            return
+        spec = ActivationSpec(bits, kind="uniform")
+        for node in list(stage.graph.nodes):
+            if node.meta.get("pinned") or node.meta.get("keep"):
+                continue
+            if _is_add(node):
+                _replace(stage, node, "apot_add", PreparedAdd(), (node.args[0], node.args[1]), spec)
+                report.change(node, f"add on {spec.describe()}")
+                continue
+            pool = pool_of(stage, node)
+            if pool is not None:
+                source = argument(node, 0, "input")
+                _replace(stage, node, "apot_pool", PreparedPool(pool), source, spec)
+                report.change(node, f"average pool on {spec.describe()}")
+
+
+def _replace(
+    stage: StageModule,
+    node: fx.Node,
+    stem: str,
+    op: PreparedOp,
+    source: Any,
+    spec: ActivationSpec,
+) -> None:
+    name = free_name(stage, stem)
+    stage.add_module(name, op.train(stage.training))
+    node.op, node.target, node.args, node.kwargs = "call_module", name, (source,), {}
+    node.meta[PLAN] = LayerPlan(None, spec)
+    set_info(node, layer=name)
+
+
+def _is_add(node: fx.Node) -> bool:
+    """``a + b`` of two computed tensors (not of a parameter, buffer or number)."""
+    if node.target not in (operator.add, torch.add, "add") or node.kwargs or len(node.args) != 2:
+        return False
+    return all(
+        isinstance(arg, fx.Node) and arg.op != "get_attr" and value_kind(arg) == "tensor"
+        for arg in node.args
+    )
+
+
+def pool_of(stage: nn.Module, node: fx.Node) -> Pool | None:
+    """The geometry of an average pool or spatial mean; None for anything else."""
+    module = called_module(stage, node)
+    if module is not None:
+        return _module_pool(module)
+    name = called_name(node)
+    if not isinstance(argument(node, 0, "input"), fx.Node):
+        return None
+    if name in ("avg_pool1d", "avg_pool2d"):
+        return _window_pool(node, rank=int(name[-2]))
+    if not is_torch_call(node, name):
+        return None
+    if name in ("adaptive_avg_pool1d", "adaptive_avg_pool2d"):
+        return _adaptive(argument(node, 1, "output_size"), rank=int(name[-2]))
+    return _mean(node) if name == "mean" else None
+
+
+def _module_pool(module: nn.Module) -> Pool | None:
+    kind = type(module)
+    if kind in (nn.AvgPool1d, nn.AvgPool2d):
+        rank = 1 if kind is nn.AvgPool1d else 2
+        return _window(
+            rank,
+            module.kernel_size,
+            module.stride,
+            module.padding,
+            bool(module.ceil_mode),
+            bool(module.count_include_pad),
+            getattr(module, "divisor_override", None),
+        )
+    if kind in (nn.AdaptiveAvgPool1d, nn.AdaptiveAvgPool2d):
+        return _adaptive(module.output_size, rank=1 if kind is nn.AdaptiveAvgPool1d else 2)
+    return None
+
+
+def _window_pool(node: fx.Node, rank: int) -> Pool | None:
+    names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
+    defaults = (None, None, 0, False, True)
+    values = [
+        argument(node, place + 1, name, default)
+        for place, (name, default) in enumerate(zip(names, defaults, strict=True))
+    ]
+    divisor = argument(node, 6, "divisor_override") if rank == 2 else None
+    return _window(rank, *values, divisor)
+
+
+def _window(
+    rank: int,
+    kernel: Any,
+    stride: Any,
+    padding: Any,
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor: int | None,
+) -> Pool | None:
+    sizes = [_sizes(value, rank) for value in (kernel, stride or kernel, padding)]
+    if any(size is None for size in sizes):
+        return None
+    return Pool(
+        "window",
+        rank,
+        *(tuple(size or ()) for size in sizes),
+        ceil_mode=ceil_mode,
+        count_include_pad=count_include_pad,
+        divisor=divisor,
+    )
+
+
+def _sizes(value: Any, rank: int) -> tuple[int, ...] | None:
+    values = (value,) * rank if isinstance(value, int) else tuple(value)
+    values = values * rank if len(values) == 1 else values
+    return values if all(isinstance(size, int) for size in values) else None
+
+
+def _adaptive(output: Any, rank: int) -> Pool | None:
+    sizes = (output,) * rank if isinstance(output, int) or output is None else tuple(output)
+    if not all(size is None or isinstance(size, int) for size in sizes):
+        return None
+    return Pool("adaptive", rank, output=sizes)
+
+
+def _mean(node: fx.Node) -> Pool | None:
+    """A mean over exactly the two spatial axes of a 4-d tensor, in any spelling."""
+    axes = argument(node, 1, "dim")
+    if axes is None:
+        axes = node.kwargs.get("axis")
+    keepdim = argument(node, 2, "keepdim", False)
+    if not isinstance(axes, (tuple, list)) or node.kwargs.get("dtype") is not None:
+        return None
+    spatial = set(axes) in ({2, 3}, {-1, -2}, {2, -1}, {-2, 3}) and len(axes) == 2
+    return Pool("mean", 2, keepdim=bool(keepdim)) if spatial else None

@@ -1,0 +1,88 @@
+"""Share: which quantized edges use one fake-quant module.
+
+One module per (root through index ops, spec): values that are only moved about between their
+producer and several layers are quantized once. A cat joins its operands under one α.
+"""
+
+from __future__ import annotations
+
+from torch import fx
+
+from ..config import ActivationSpec
+from .annotate import plan_of
+from .base import Pass, PassReport
+from .index_ops import index_op, is_non_negative
+from .stage import StageModule, inputs_of
+
+#: ``node.meta`` key of a layer's call: number of its fake-quant.
+GROUP = "apot_group"
+#: ``node.meta`` key of a layer's call: whether the graph proves its input non-negative.
+UNSIGNED = "apot_unsigned"
+
+Root = tuple[fx.Node, ActivationSpec]
+
+
+class Share(Pass):
+    """Number the fake-quants and write each quantized call's number on it."""
+
+    name = "share"
+
+    def run(self, stage: StageModule, report: PassReport) -> None:
+        groups = _Groups()
+        edges: list[tuple[fx.Node, Root]] = []
+        for node in stage.graph.nodes:
+            plan = plan_of(node)
+            if plan is None or plan.activation is None:
+                continue
+            roots = [
+                (root, plan.activation)
+                for source in inputs_of(node)
+                for root in roots_of(stage, source)
+            ]
+            for root in roots:
+                groups.join(roots[0], root)
+            edges.append((node, roots[0]))
+        numbers: dict[Root, int] = {}
+        for node, root in edges:
+            group = groups.find(root)
+            node.meta[GROUP] = numbers.setdefault(group, len(numbers))
+            node.meta[UNSIGNED] = all(
+                is_non_negative(stage, member) for member, _ in groups.members(group)
+            )
+            report.change(node, f"reads activation_post_process_{node.meta[GROUP]}")
+
+
+def roots_of(stage: StageModule, node: fx.Node) -> list[fx.Node]:
+    """The values that a value consists of, found through index ops; in graph order of reading."""
+    pending, roots, seen = [node], [], set()
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        match = index_op(stage, current)
+        if match is None:
+            roots.append(current)
+        else:
+            pending.extend(reversed(match.inputs))
+    return roots
+
+
+class _Groups:
+    """Union-find over roots."""
+
+    def __init__(self) -> None:
+        self._parent: dict[Root, Root] = {}
+
+    def find(self, root: Root) -> Root:
+        self._parent.setdefault(root, root)
+        while self._parent[root] != root:
+            self._parent[root] = self._parent[self._parent[root]]
+            root = self._parent[root]
+        return root
+
+    def join(self, first: Root, second: Root) -> None:
+        self._parent[self.find(second)] = self.find(first)
+
+    def members(self, group: Root) -> list[Root]:
+        return [root for root in self._parent if self.find(root) == group]

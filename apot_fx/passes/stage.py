@@ -1,0 +1,229 @@
+"""``StageModule``: the GraphModule of every stage, which keeps what plain GraphModules lose.
+
+A plain ``GraphModule`` retraces when unpickled (nodes are renamed, ``node.meta`` is lost), drops
+modules no node references, and forgets the user's class. A stage keeps all three, since
+provenance, checkpoints and ``model.generate`` depend on them.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as functional
+from torch import fx, nn
+
+from ..errors import StateError, TensorError, did_you_mean
+from ..fake_quant import FakeQuantize
+from .base import PassReport
+
+META = "apot"
+
+Forward = Callable[[nn.Module, Any], Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class NodeInfo:
+    """What every pass copies along with a node (``node.meta["apot"]``).
+
+    ``id``: provenance, the same in every stage for the same value; None for a node whose value
+    only one stage has. ``origin``: ``file:line`` of the user's code. ``layer``: qualified name of
+    the quantized layer that computed the value. ``quantizer``: name of the fake-quant or
+    quantizer whose grid the value lies on. ``reason``: why the node stays float.
+    """
+
+    id: int | None = None
+    origin: str = ""
+    layer: str = ""
+    quantizer: str = ""
+    reason: str = ""
+
+
+@dataclasses.dataclass
+class StageInfo:
+    """What a stage knows about itself beside its graph."""
+
+    kind: str  # "traced", "prepared" or "converted"
+    origin: type[nn.Module]  # the user's class
+    reports: list[PassReport] = dataclasses.field(default_factory=list)
+    forward: Forward | None = None  # how calibrate ran a batch; not pickled
+
+
+def info(node: fx.Node) -> NodeInfo:
+    """The node's :class:`NodeInfo` (an empty one for a node made outside the passes)."""
+    found = node.meta.get(META)
+    return found if isinstance(found, NodeInfo) else NodeInfo()
+
+
+def set_info(node: fx.Node, base: NodeInfo | None = None, **changes: Any) -> None:
+    """Give a node a :class:`NodeInfo`: ``base`` (by default its own) with changes."""
+    node.meta[META] = dataclasses.replace(info(node) if base is None else base, **changes)
+
+
+def inputs_of(node: fx.Node) -> tuple[fx.Node, ...]:
+    """The values an operator call computes from: its first argument, or that tuple's members."""
+    first = node.args[0] if node.args else None
+    members = first if isinstance(first, (tuple, list)) else (first,)
+    return tuple(member for member in members if isinstance(member, fx.Node))
+
+
+def next_id(graph: fx.Graph) -> int:
+    """A provenance id that no node of the graph has."""
+    used = (info(node).id for node in graph.nodes)
+    return max((number for number in used if number is not None), default=-1) + 1
+
+
+class StageModule(fx.GraphModule):
+    """A traced, prepared or converted model.
+
+    ``apot`` is its :class:`StageInfo`. Methods and class attributes of the user's class (other
+    than ``forward``) stay reachable.
+    """
+
+    apot: StageInfo
+
+    def __init__(self, root: nn.Module, graph: fx.Graph, kind: str) -> None:
+        super().__init__(root, graph, class_name=type(root).__name__)
+        for registry in ("_modules", "_parameters", "_buffers"):
+            getattr(self, registry).update(getattr(root, registry))
+        self._non_persistent_buffers_set.update(root._non_persistent_buffers_set)
+        taken = set(self.__dict__) | set(dir(fx.GraphModule))
+        self.__dict__.update({k: v for k, v in root.__dict__.items() if k not in taken})
+        self.training = root.training
+        self.apot = StageInfo(kind, type(root))
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            state = self.__dict__.get("apot")
+            if state is None or name.startswith("__"):
+                raise
+            found = inspect.getattr_static(state.origin, name, None)
+            if found is None:
+                raise
+            return found.__get__(self, type(self)) if hasattr(found, "__get__") else found
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StageModule:
+        clone = StageModule.__new__(StageModule)
+        memo[id(self)] = clone
+        clone.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        clone.graph = clone.__dict__["_graph"]
+        return clone
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        state = {k: v for k, v in self.__dict__.items() if k not in _REBUILT}
+        state["apot"] = dataclasses.replace(self.apot, forward=None)
+        return _rebuild, (_dump_graph(self.graph), state)
+
+    def load_state_dict(  # type: ignore[override]
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As torch's, but checked as a whole first: a bad state_dict changes nothing.
+
+        A float checkpoint (no quantizer key at all) leaves every quantizer as it is. Raises
+        StateError naming the key: missing, unknown, wrong shape, NaN α, index beyond the set.
+        """
+        checked: dict[str, Any] = OrderedDict(state_dict)
+        metadata = getattr(state_dict, "_metadata", None)
+        if metadata is not None:
+            checked._metadata = metadata  # type: ignore[attr-defined]
+        self._keep_quantizers_of(checked, "")
+        self._check_keys(checked, strict)
+        self._check_state(checked, "")
+        return super().load_state_dict(checked, strict, assign)
+
+    def _load_from_state_dict(  # type: ignore[override]
+        self, state_dict: dict[str, Any], prefix: str, *args: Any
+    ) -> None:
+        # Also reached where a stage is part of a larger model that is loaded.
+        self._keep_quantizers_of(state_dict, prefix)
+        self._check_state(state_dict, prefix)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _check_keys(self, state_dict: Mapping[str, Any], strict: bool) -> None:
+        own = self.state_dict()
+        for key in state_dict:
+            if strict and key not in own:
+                hint = did_you_mean(key, own)
+                raise StateError(f"state_dict not loaded: {key!r} is no key of this stage.{hint}")
+        for key, value in own.items():
+            if key not in state_dict:
+                if strict and not key.endswith("num_batches_tracked"):
+                    raise StateError(f"state_dict not loaded: {key!r} is missing")
+                continue
+            given = state_dict[key]
+            if not isinstance(given, torch.Tensor):
+                raise StateError(f"state_dict not loaded: {key!r} is no tensor")
+            if given.shape != value.shape and not key.endswith("_extra_state"):
+                raise StateError(
+                    f"state_dict not loaded: {key!r} has shape {tuple(given.shape)}, "
+                    f"expected {tuple(value.shape)}"
+                )
+
+    def _keep_quantizers_of(self, state_dict: dict[str, Any], prefix: str) -> None:
+        """A float checkpoint (no quantizer key at all) leaves every quantizer as it is."""
+        own: dict[str, Any] = {}
+        for name, module in self.named_modules():
+            if isinstance(module, FakeQuantize):
+                own.update(module.state_dict(prefix=f"{prefix}{name}."))
+        if not any(key in state_dict for key in own):
+            state_dict.update(own)
+
+    def _check_state(self, state_dict: Mapping[str, Any], prefix: str) -> None:
+        """Let every part refuse bad values before any is copied."""
+        for name, module in self.named_modules():
+            check = getattr(module, "check_state", None)
+            if check is None:
+                continue
+            where = f"{prefix}{name}."
+            part = {k[len(where) :]: v for k, v in state_dict.items() if k.startswith(where)}
+            try:
+                check(part)
+            except (TensorError, StateError) as problem:
+                raise StateError(f"state_dict not loaded: {where}{problem}") from None
+
+
+_REBUILT = frozenset({"_graph", "_code", "_lineno_map", "_prologue_start"})
+
+
+def _rebuild(graph: bytes, state: dict[str, Any]) -> StageModule:
+    stage = StageModule.__new__(StageModule)
+    stage.__dict__.update(state)
+    stage.graph = pickle.loads(graph)
+    return stage
+
+
+def _dump_graph(graph: fx.Graph) -> bytes:
+    """Pickle a graph by itself: node names and our meta, without owner and without user types."""
+    clone = copy.deepcopy(graph)
+    for node in clone.nodes:
+        node.meta = {k: v for k, v in node.meta.items() if k.startswith(META) or k == "keep"}
+    clone._tracer_cls = None
+    buffer = io.BytesIO()
+    _GraphPickler(buffer).dump(clone)
+    return buffer.getvalue()
+
+
+class _GraphPickler(pickle.Pickler):
+    """Pickles the two kinds of call target that pickle can't name by itself."""
+
+    def reducer_override(self, target: Any) -> Any:
+        if isinstance(target, torch._ops.OpOverload):
+            return _operator, (target.namespace, target._opname, target._overloadname)
+        if "<locals>" in getattr(target, "__qualname__", ""):
+            names = [k for k, v in vars(functional).items() if v is target]
+            if names:
+                return getattr, (functional, names[0])
+        return NotImplemented
+
+
+def _operator(namespace: str, name: str, overload: str) -> Any:
+    return getattr(getattr(getattr(torch.ops, namespace), name), overload)

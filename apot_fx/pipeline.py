@@ -1,0 +1,168 @@
+"""The bodies of prepare, calibrate and convert."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from .batches import Forward, check_batches, evaluating, run_all
+from .config import QConfig, QConfigMapping
+from .errors import (
+    CalibrationError,
+    ConfigError,
+    LevelSetError,
+    StageError,
+    TensorError,
+    did_you_mean,
+)
+from .fake_quant import EXACT_UNIT, LEARNING, OBSERVING, FakeQuantize
+from .graph import called_module
+from .nn import ConvertedOp, PreparedLayer, PreparedOp
+from .passes import convert_passes, prepare_passes, run_passes, trace
+from .passes.stage import StageModule
+
+BACKENDS = ("auto", "reference")
+
+
+def require_stage(model: object, kind: str, verb: str) -> StageModule:
+    """``model`` as a stage of that kind; raises StageError with the step that is missing."""
+    found = model.apot.kind if isinstance(model, StageModule) else "float"
+    if isinstance(model, StageModule) and found == kind:
+        return model
+    if not isinstance(model, nn.Module):
+        raise StageError(f"{verb} wants a {kind} model, not a {type(model).__name__}")
+    remedy = {
+        ("float", "prepared"): "call prepare_apot first",
+        ("float", "converted"): "call prepare_apot, calibrate and convert_apot first",
+        ("prepared", "converted"): "call convert_apot first",
+        ("converted", "prepared"): "pass the model that prepare_apot gave",
+    }.get((found, kind), "pass another stage")
+    name = model.apot.origin.__name__ if isinstance(model, StageModule) else type(model).__name__
+    raise StageError(f"{verb} wants a {kind} model, but {name} is {found}; {remedy}")
+
+
+def prepare(
+    model: nn.Module,
+    config: str | QConfig | QConfigMapping,
+    example_inputs: Any,
+    inplace: bool,
+) -> StageModule:
+    """Trace a float model and put observers and fake-quants into its graph."""
+    if not isinstance(model, nn.Module):
+        raise StageError(f"prepare_apot wants an nn.Module, not a {type(model).__name__}")
+    for name, module in model.named_modules():
+        if isinstance(module, (PreparedOp, ConvertedOp, FakeQuantize, StageModule)):
+            where = f"holds {type(module).__name__} at {name!r}" if name else "is a stage"
+            kind = model.apot.kind if isinstance(model, StageModule) else "quantized"
+            raise StageError(
+                f"prepare_apot wants a float model, but {type(model).__name__} is {kind} ({where}); "
+                "pass the float model"
+            )
+    mapping = QConfigMapping.of(config)
+    stage = trace(model if inplace else copy.deepcopy(model), example_inputs)
+    run_passes(stage, prepare_passes(mapping))
+    stage.apot.kind = "prepared"
+    return stage
+
+
+def activations(stage: nn.Module) -> dict[str, FakeQuantize]:
+    """The activation fake-quants of a prepared stage, by name."""
+    return {
+        name: module
+        for name, module in stage.named_modules()
+        if isinstance(module, FakeQuantize) and module.observer is not None
+    }
+
+
+def calibrate(
+    prepared: StageModule, batches: Iterable[Any], forward: Forward | None, progress: bool
+) -> None:
+    """Let observers see data, then freeze; on any error the stage is as it was before."""
+    from tqdm import tqdm
+
+    quants = [q for q in activations(prepared).values() if q.state != LEARNING]
+    before = [(quant, copy.deepcopy(quant.state_dict())) for quant in quants]
+    try:
+        for quant in quants:
+            quant.restart()
+        count = 0
+        shown = tqdm(
+            check_batches(batches), "calibrate", unit="batch", disable=None if progress else True
+        )
+        with evaluating(prepared):
+            for _ in run_all(prepared, shown, forward):
+                count += 1
+            if not count:
+                raise CalibrationError("calibration got no batch; pass at least one")
+            for quant in quants:
+                if quant.seen:
+                    quant.freeze()
+    except BaseException:
+        for quant, state in before:
+            quant.load_state_dict(state)
+        raise
+    prepared.apot.forward = forward
+
+
+def convert(prepared: StageModule, backend: str, low_memory: bool, inplace: bool) -> StageModule:
+    """Lower a prepared stage to packed integer weights and indices between layers."""
+    if backend not in BACKENDS:
+        raise ConfigError(
+            f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}."
+            f"{did_you_mean(backend, BACKENDS)}"
+        )
+    _check_convertible(prepared)
+    stage = prepared if inplace else copy.deepcopy(prepared)
+    stage.eval()
+    run_passes(stage, convert_passes(low_memory))
+    stage.apot.kind = "converted"
+    return stage
+
+
+def _check_convertible(prepared: StageModule) -> None:
+    """Everything convert refuses, before anything is touched."""
+    _check_calibrated(prepared)
+    for name, module in prepared.named_modules():
+        if isinstance(module, PreparedLayer):
+            _check_values(f"{name}.weight", module.weight)
+        if not isinstance(module, FakeQuantize):
+            continue
+        _check_values(f"{name}.alpha", module.alpha)
+        level_set = module.known_level_set()
+        if level_set.unit > EXACT_UNIT:
+            raise LevelSetError(
+                f"{name}: {level_set} has unit {level_set.unit}, above {EXACT_UNIT}, the largest "
+                "that converts; choose fewer bits or a larger k"
+            )
+        if not module.fake_quant_enabled:
+            raise StageError(
+                f"{name}: fake-quant is switched off; prepared.apply(enable_fake_quant) first"
+            )
+
+
+def _check_calibrated(prepared: StageModule) -> None:
+    waiting = []
+    for node in prepared.graph.nodes:
+        layer = called_module(prepared, node)
+        if not isinstance(layer, PreparedOp) or len(node.args) < 2 or node.args[1] is None:
+            continue
+        name = str(node.args[1].target)
+        quant = prepared.get_submodule(name)
+        assert isinstance(quant, FakeQuantize)
+        if quant.state == OBSERVING:
+            seen = "was observed but not frozen" if quant.seen else "never ran"
+            waiting.append(f"{node.target} (its {name} {seen})")
+    if waiting:
+        raise CalibrationError(
+            f"convert_apot: still observing: {', '.join(waiting)}; run apot_fx.calibrate(prepared, "
+            "batches), or apot_fx.freeze(prepared) after a loop of your own"
+        )
+
+
+def _check_values(name: str, tensor: torch.Tensor) -> None:
+    if not torch.isfinite(tensor).all():
+        raise TensorError(f"{name} holds NaN or inf; load a checkpoint from before it diverged")

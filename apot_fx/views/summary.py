@@ -1,0 +1,66 @@
+"""``summary``: bits and bytes of every layer of a stage."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ..nn import ConvertedLayer, PreparedLayer
+from ..passes.stage import StageModule
+from ..table import Table
+
+_COLUMNS = ("layer", "kind", "weight", "levels", "bits", "bytes", "float32 bytes", "input")
+
+
+def stored_bytes(model: nn.Module) -> int:
+    """Bytes of all parameters and persistent buffers, shared storage counted once."""
+    seen: dict[int, int] = {}
+    for tensor in model.state_dict().values():
+        if isinstance(tensor, torch.Tensor):
+            storage = tensor.untyped_storage()
+            seen[storage.data_ptr() or id(tensor)] = tensor.numel() * tensor.element_size()
+    return sum(seen.values())
+
+
+def summary(stage: StageModule) -> Table:
+    """Rows of every quantized layer; the notes give the whole model's bytes."""
+    rows: list[dict[str, object]] = []
+    packed = floats = 0
+    seen: set[int] = set()
+    for name, layer in stage.named_modules():
+        if not isinstance(layer, (PreparedLayer, ConvertedLayer)):
+            continue
+        row = _row(name, layer)
+        rows.append(row)
+        if id(layer.weight) not in seen:
+            seen.add(id(layer.weight))
+            packed += int(str(row["bytes"]))
+            floats += int(str(row["float32 bytes"]))
+    notes = [f"state_dict of the {stage.apot.kind} model: {stored_bytes(stage):,} bytes"]
+    if packed:
+        notes.append(f"quantized weights: {packed:,} bytes, {floats / packed:.2f}x below float32")
+    return Table(_COLUMNS, rows, title=f"{stage.apot.origin.__name__}: {stage.apot.kind}",
+                 notes=notes)
+
+
+def _row(name: str, layer: PreparedLayer | ConvertedLayer) -> dict[str, object]:
+    if isinstance(layer, ConvertedLayer):
+        level_set, kind = layer.weight.level_set, layer.kind
+        inputs = "float" if layer.input_levels is None else str(layer.input_levels)
+        scales = layer.s.numel() + layer.b.numel() + layer.weight.alpha.numel()
+    else:
+        level_set, kind = layer.weight_fake_quant.known_level_set(), layer.float_type.__name__
+        inputs = "see explain"
+        scales = 2 * len(layer.weight) + layer.weight_fake_quant.alpha.numel()
+    count = layer.weight.numel()
+    values = (
+        name,
+        kind,
+        "x".join(map(str, layer.weight.shape)),
+        str(level_set),
+        level_set.bits,
+        -(-count * level_set.bits // 8) + 4 * scales,
+        4 * count,
+        inputs,
+    )
+    return dict(zip(_COLUMNS, values, strict=True))
