@@ -123,9 +123,7 @@ def calibrate(
     >>> prepared.activation_post_process_0.state
     'frozen'
     """
-    pipeline.calibrate(
-        require_stage(prepared, "prepared", "calibrate"), batches, forward, progress
-    )
+    pipeline.calibrate(require_stage(prepared, "prepared", "calibrate"), batches, forward, progress)
 
 
 def convert_apot(

@@ -116,7 +116,9 @@ def run_all(
         except CalibrationError as problem:
             raise CalibrationError(f"batch {number}: {problem}") from None
         except Exception as problem:
-            what = f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
+            what = (
+                f"{type(problem).__name__}: {str(problem).splitlines()[0] if str(problem) else ''}"
+            )
             raise CalibrationError(
                 f"batch {number} does not run through {type(model).__name__}: {what}"
             ) from problem

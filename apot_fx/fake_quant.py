@@ -17,7 +17,7 @@ from .config import ActivationSpec, WeightSpec
 from .errors import CalibrationError, StateError
 from .kernels import ALPHA_MAX, ALPHA_MIN
 from .levels import LevelSet
-from .observer import make_observer, weight_alpha
+from .observer import Observer, make_observer, weight_alpha
 from .tensor import check_alpha, keep_float32
 
 OBSERVING, FROZEN, LEARNING = "observing", "frozen", "learning"
@@ -43,6 +43,7 @@ class FakeQuantize(nn.Module):
     """
 
     alpha: nn.Parameter
+    observer: Observer | None
 
     def __init__(
         self,
@@ -50,7 +51,7 @@ class FakeQuantize(nn.Module):
         alpha: torch.Tensor,
         axis: int | None,
         group_size: int | None,
-        observer: nn.Module | None,
+        observer: Observer | None,
     ) -> None:
         super().__init__()
         self.spec = spec

@@ -80,6 +80,13 @@ def _is_scalar_arithmetic(node: fx.Node) -> bool:
     )
 
 
+def source(node: fx.Node) -> fx.Node:
+    """A call's first argument, which must be a node."""
+    first = node.args[0]
+    assert isinstance(first, fx.Node)
+    return first
+
+
 def free_name(owner: nn.Module, stem: str) -> str:
     """``stem_0``, ``stem_1`` …: the first that ``owner`` has no attribute for."""
     taken = set(owner._modules) | set(owner._parameters) | set(owner._buffers)

@@ -13,10 +13,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
 import operator
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from .errors import LevelSetError, did_you_mean
@@ -296,7 +295,7 @@ class LevelSet:
 
 
 _EXAMPLE = "apot(bits=4,k=2,signed=True,scheme=paper)"
-_FAMILIES = {
+_FAMILIES: dict[str, Callable[..., LevelSet]] = {
     "apot": LevelSet.apot,
     "uniform": LevelSet.uniform,
     "pot": LevelSet.pot,

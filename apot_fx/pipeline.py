@@ -59,8 +59,8 @@ def prepare(
             where = f"holds {type(module).__name__} at {name!r}" if name else "is a stage"
             kind = model.apot.kind if isinstance(model, StageModule) else "quantized"
             raise StageError(
-                f"prepare_apot wants a float model, but {type(model).__name__} is {kind} ({where}); "
-                "pass the float model"
+                f"prepare_apot wants a float model, but {type(model).__name__} is {kind} "
+                f"({where}); pass the float model"
             )
     mapping = QConfigMapping.of(config)
     stage = trace(model if inplace else copy.deepcopy(model), example_inputs)

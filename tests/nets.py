@@ -67,7 +67,9 @@ def mlp() -> tuple[nn.Module, list[torch.Tensor]]:
     return seeded(Mlp, (12,)), [torch.randn(6, 12) for _ in range(2)]
 
 
-def calibrated(model: nn.Module, batches: list[torch.Tensor], config: object = "w4a4") -> StageModule:
+def calibrated(
+    model: nn.Module, batches: list[torch.Tensor], config: object = "w4a4"
+) -> StageModule:
     """Prepared and calibrated, in eval."""
     prepared = apot_fx.prepare_apot(model, config)
     apot_fx.calibrate(prepared, batches)

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 
-def conv_norm(inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1
-              ) -> nn.Sequential:
+def conv_norm(
+    inputs: int, outputs: int, kernel: int = 3, stride: int = 1, groups: int = 1
+) -> nn.Sequential:
     """Convolution, batch norm, relu."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=False),

@@ -160,7 +160,7 @@ def _check(
     """α as a tensor, once everything is as it should be."""
     if not isinstance(level_set, LevelSet):
         raise TensorError(
-            f"{verb}: level_set is a {type(level_set).__name__}; pass a LevelSet, say LevelSet.apot()"
+            f"{verb}: level_set is a {type(level_set).__name__}; pass a LevelSet (LevelSet.apot())"
         )
     if isinstance(x, fx.Proxy) or isinstance(alpha, fx.Proxy):
         return alpha if not isinstance(alpha, float) else torch.tensor(alpha)
@@ -196,7 +196,7 @@ def _check_shape(
             raise TensorError(f"{verb}: group_size needs axis, the channel axis")
         if alpha.numel() != 1:
             raise TensorError(
-                f"{verb}: alpha has shape {tuple(alpha.shape)}, but axis is None; pass axis, or one α"
+                f"{verb}: alpha has shape {tuple(alpha.shape)} without axis; pass axis, or one α"
             )
         return
     if not -x.dim() <= axis < x.dim():

@@ -111,7 +111,8 @@ def look_up(table: torch.Tensor, place: torch.Tensor, like: torch.Tensor) -> tor
 
 def _is_dense(x: torch.Tensor) -> bool:
     return x.is_contiguous() or (
-        x.numel() > 0 and x.numel() == 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
+        x.numel() > 0
+        and x.numel() == 1 + sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True))
     )
 
 
@@ -182,10 +183,8 @@ def fake_quantize(
         place = (half_units(x, alpha, spec, axis, group_size) - low).to(torch.int32)
         step = spread(alpha.to(dtype), x, axis, group_size) / unit
         table = half_unit_levels(spec, x.device, dtype)
-        if axis is None:
-            y = look_up(table * step, place, x)
-        else:
-            y = look_up(table, place, x).mul_(step)
+        shared = axis is None  # one α: scale the table, not every value
+        y = look_up(table * step, place, x) if shared else look_up(table, place, x).mul_(step)
     if nan_to_zero:
         return _like(y, x)
     return _like(torch.where(x.isnan(), x.to(y.dtype), y).to(x.dtype), x)

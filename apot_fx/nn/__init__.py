@@ -1,7 +1,7 @@
 """Prepared and converted operators.
 
 ``op`` says what all have in common, ``quantize`` how results leave a converted operator.
-``products`` (multiply-accumulate kinds) and ``fold`` (scale, bias and batch norm) are the arithmetic
+``products`` (multiply-accumulate kinds) and ``fold`` (scale, bias, batch norm) are the arithmetic
 that both stages of a layer share; ``prepared`` and ``converted`` hold the layers, ``add`` and
 ``pool`` a pair each. Files import only those named before them here.
 """

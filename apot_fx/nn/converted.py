@@ -63,14 +63,16 @@ class ConvertedLayer(ConvertedOp):
         rows = self.weight.levels().flatten(1).double()
         self.weight.drop_cache()
         positive, negative = rows.clamp(min=0).sum(1), rows.clamp(max=0).neg().sum(1)
-        worst = positive + negative if self.input_levels.signed else torch.maximum(positive, negative)
+        worst = (
+            positive + negative if self.input_levels.signed else torch.maximum(positive, negative)
+        )
         return self.input_levels.unit * float(worst.max()) if worst.numel() else 0.0
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         if self.folds_batch_norm and not self.product.channels_meet_batch_norm(x):
             raise TensorError(
-                f"{self.kind} with batch norm folded in got {x.dim()}-d input, whose channels batch "
-                "norm would not see; normalise before the Linear or leave the layer in float"
+                f"{self.kind} with batch norm folded in got {x.dim()}-d input, whose channels "
+                "batch norm would not see; normalise before the Linear or leave it in float"
             )
         size, weight = self.weight.group_size, self.weight.levels()
         if self.input_spec:

@@ -37,7 +37,7 @@ class ConvertedOp(nn.Module):
 
 
 def with_gradient_of(value: torch.Tensor, surrogate: torch.Tensor) -> torch.Tensor:
-    """``value`` with ``surrogate``'s gradient: eval stays exact and can still be trained through."""
+    """``value`` with ``surrogate``'s gradient: eval stays exact and can be trained through."""
     result: torch.Tensor = _GradientOf.apply(value, surrogate)
     return result
 

@@ -84,9 +84,7 @@ class Pool:
         return starts, ends, [end - start for start, end in edges]
 
 
-def _window_sums(
-    x: torch.Tensor, axis: int, starts: list[int], ends: list[int]
-) -> torch.Tensor:
+def _window_sums(x: torch.Tensor, axis: int, starts: list[int], ends: list[int]) -> torch.Tensor:
     """Sums over [start, end) of integer-valued float64: exact, by differences of prefix sums."""
     prefix = functional.pad(x.cumsum(axis), [0, 0] * (-1 - axis) + [1, 0])
     upper = prefix.index_select(axis, torch.tensor(ends, device=x.device))
@@ -100,9 +98,7 @@ class PreparedPool(PreparedOp):
         super().__init__()
         self.pool = pool
 
-    def forward(
-        self, x: torch.Tensor, fake_quant: FakeQuantize | None = None
-    ) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, fake_quant: FakeQuantize | None = None) -> torch.Tensor:
         if self.training or fake_quant is None or not fake_quant.quantizes:
             return self.pool.plain(x)
         _check_rank(self.pool, x)

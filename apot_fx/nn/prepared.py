@@ -7,7 +7,7 @@ bit for bit.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import nn
@@ -29,9 +29,13 @@ class PreparedLayer(PreparedOp):
     """
 
     float_type: ClassVar[type[nn.Module]]
-    weight: nn.Parameter
-    bias: nn.Parameter | None
     weight_fake_quant: FakeQuantize
+    if TYPE_CHECKING:  # the torch layer beside this mixin brings them
+
+        @property
+        def weight(self) -> nn.Parameter: ...
+        @property
+        def bias(self) -> nn.Parameter | None: ...
 
     @classmethod
     def take_over(cls, layer: nn.Module, spec: WeightSpec, name: str) -> Any:
@@ -152,7 +156,7 @@ def _on_grid(fake_quant: FakeQuantize) -> bool:
     return fake_quant.quantizes and level_set is not None and level_set.unit <= EXACT_UNIT
 
 
-class PreparedLinear(PreparedLayer, nn.Linear):
+class PreparedLinear(PreparedLayer, nn.Linear):  # type: ignore[misc]
     float_type = nn.Linear
 
     @property
@@ -163,7 +167,7 @@ class PreparedLinear(PreparedLayer, nn.Linear):
         return nn.functional.linear(x, weight, self.bias)
 
 
-class PreparedConv1d(PreparedLayer, nn.Conv1d):
+class PreparedConv1d(PreparedLayer, nn.Conv1d):  # type: ignore[misc]
     float_type = nn.Conv1d
 
     @property
@@ -174,7 +178,7 @@ class PreparedConv1d(PreparedLayer, nn.Conv1d):
         return self._conv_forward(x, weight, self.bias)
 
 
-class PreparedConv2d(PreparedLayer, nn.Conv2d):
+class PreparedConv2d(PreparedLayer, nn.Conv2d):  # type: ignore[misc]
     float_type = nn.Conv2d
 
     @property

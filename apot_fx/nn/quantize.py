@@ -35,9 +35,7 @@ class Quantize(nn.Module):
         index: torch.Tensor = torch.ops.apot_fx.quantize(x, self.alpha, self.level_spec)
         return index
 
-    def dequantize(
-        self, index: torch.Tensor, dtype: torch.dtype = torch.float32
-    ) -> torch.Tensor:
+    def dequantize(self, index: torch.Tensor, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """``level · step`` of indices that this quantizer gave, computed in float32 or float64."""
         alpha = self.alpha.to(dtype)
         value: torch.Tensor = torch.ops.apot_fx.dequantize(index, alpha, self.level_spec)
@@ -66,12 +64,12 @@ class Quantize(nn.Module):
 Reader = tuple[Quantize, float | None, float | None] | None
 
 
-def emit(
-    y: torch.Tensor, readers: tuple[Reader, ...]
-) -> torch.Tensor | tuple[torch.Tensor, ...]:
+def emit(y: torch.Tensor, readers: tuple[Reader, ...]) -> torch.Tensor | tuple[torch.Tensor, ...]:
     """``y`` as each reader wants it.
 
     One reader (or none) gets a tensor, several a tuple in their order.
     """
-    results = tuple(y if reader is None else reader[0](y, *reader[1:]) for reader in readers or (None,))
+    results = tuple(
+        y if reader is None else reader[0](y, *reader[1:]) for reader in readers or (None,)
+    )
     return results[0] if len(results) == 1 else results

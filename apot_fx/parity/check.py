@@ -55,8 +55,10 @@ def _belong_together(prepared: StageModule, converted: StageModule) -> None:
     same_class = prepared.apot.origin is converted.apot.origin
     if mine != theirs or not same_class:
         odd = sorted(mine ^ theirs)
-        what = f"layer {odd[0]!r} is quantized in only one of them" if odd else (
-            f"{prepared.apot.origin.__name__} and {converted.apot.origin.__name__}"
+        what = (
+            f"layer {odd[0]!r} is quantized in only one of them"
+            if odd
+            else (f"{prepared.apot.origin.__name__} and {converted.apot.origin.__name__}")
         )
         raise StageError(
             f"check_parity: the stages do not belong together ({what}); pass a prepared model and "
@@ -115,9 +117,7 @@ class _Comparison:
         if not self.failed:
             self._call(self.converted, compare, call, batch, number)
 
-    def _call(
-        self, stage: StageModule, watch: Any, call: Forward, batch: Any, number: int
-    ) -> None:
+    def _call(self, stage: StageModule, watch: Any, call: Forward, batch: Any, number: int) -> None:
         try:
             with recording(stage, watch):
                 call(stage, batch)
@@ -175,7 +175,8 @@ class _Comparison:
         pending = [node]
         while pending:
             current = pending.pop()
-            finding = self.findings.get(-2 if info(current).id is None else info(current).id)
+            number = info(current).id
+            finding = None if number is None else self.findings.get(number)
             if finding is not None and finding.values:
                 return True
             pending.extend(

@@ -61,7 +61,7 @@ def recording(stage: StageModule, watch: Watch) -> Iterator[None]:
         bound.apply_defaults()
         return recorder.run(*bound.args, *bound.kwargs.values())
 
-    forward.__signature__ = signature  # type: ignore[attr-defined] - run_batch reads it
+    vars(forward)["__signature__"] = signature  # run_batch reads it
     stage.__dict__["forward"] = forward
     try:
         yield

@@ -144,9 +144,7 @@ def _calls(stage: StageModule) -> list[tuple[fx.Node, tuple[Any, ...]]]:
     """Every node but get_attr with what it calls; sources are positions, attributes names."""
     nodes = [node for node in stage.graph.nodes if node.op != "get_attr"]
     position: dict[fx.Node, Any] = {node: number for number, node in enumerate(nodes)}
-    position.update(
-        {n: f"attribute {n.target}" for n in stage.graph.nodes if n.op == "get_attr"}
-    )
+    position.update({n: f"attribute {n.target}" for n in stage.graph.nodes if n.op == "get_attr"})
     return [
         (
             node,
@@ -180,9 +178,7 @@ def _check_tables(level_set: LevelSet) -> Finding:
     alpha = torch.tensor(2.0 * level_set.unit)
     given = torch.ops.apot_fx.quantize(half.float(), alpha, level_set.spec)
     wanted = [bisect.bisect_left(level_set.thresholds, t) for t in half.tolist()]
-    levels = torch.ops.apot_fx.levels(
-        torch.arange(len(level_set)).to(given.dtype), level_set.spec
-    )
+    levels = torch.ops.apot_fx.levels(torch.arange(len(level_set)).to(given.dtype), level_set.spec)
     finding.values = len(half) + len(level_set)
     finding.differing = int((given.long() != torch.tensor(wanted)).sum())
     finding.differing += int((levels != torch.tensor(level_set.levels).float()).sum())

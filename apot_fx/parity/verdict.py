@@ -38,7 +38,9 @@ class Finding:
         layer = f" (layer {self.layer})" if self.layer and self.layer != self.where else ""
         if self.problem:
             return f"{self.where}{layer}: {self.what}: {self.problem}"
-        text = f"{self.where}{layer}: {self.what}: {self.differing} of {self.values} elements differ"
+        text = (
+            f"{self.where}{layer}: {self.what}: {self.differing} of {self.values} elements differ"
+        )
         if self.ulp:
             text += f", by up to {self.ulp} ULP"
         if self.steps:
@@ -122,7 +124,7 @@ class Verdict:
             "status": self.status,
             "ok": self.ok,
             "values": self.values,
-            **{key: value for key, value in dataclasses.asdict(self).items()},
+            **dataclasses.asdict(self),
         }
         return json.dumps(content, indent=1)
 
@@ -131,7 +133,8 @@ class Verdict:
         if self.train_form:
             layer, worst = max(self.train_form.items(), key=lambda item: item[1])
             lines.append(
-                f"train form against integer form: at most {worst:.1e} · max(|y|, |acc·s|) ({layer})"
+                "train form against integer form: at most "
+                f"{worst:.1e} · max(|y|, |acc·s|) ({layer})"
             )
         if self.nan_inputs:
             lines.append(f"{self.nan_inputs} NaN inputs to quantizers became the zero level")

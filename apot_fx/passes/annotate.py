@@ -32,7 +32,7 @@ _WITH_WEIGHTS = (
 class LayerPlan:
     """How one call of a layer is quantized (``node.meta["apot_plan"]``).
 
-    ``activation`` is None where the layer is weight-only, ``weight`` where it has none (adds, pools).
+    ``activation`` is None where the layer is weight-only, ``weight`` for adds and pools.
     """
 
     weight: WeightSpec | None
@@ -106,8 +106,10 @@ def _why_float(
     if type(layer) not in PREPARED:
         base = next((kind.__name__ for kind in PREPARED if isinstance(layer, kind)), "")
         name = type(layer).__name__
-        return f"{name} (subclass of {base}) may compute something else" if base else (
-            f"{name} has no quantized form"
+        return (
+            f"{name} (subclass of {base}) may compute something else"
+            if base
+            else (f"{name} has no quantized form")
         )
     if config is None or config.weight is None:
         return "the config leaves it in float"

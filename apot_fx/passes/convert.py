@@ -22,11 +22,11 @@ from ..graph import (
     replace_argument,
     set_submodule,
 )
+from ..levels import LevelSet
 from ..nn import (
     CONVERTED,
     ConvertedLayer,
     ConvertedOp,
-    PreparedLayer,
     PreparedOp,
     Quantize,
     ThroughFloat,
@@ -74,8 +74,9 @@ class ConvertActivations(Pass):
                 node.target = quantizer
                 report.change(node, f"{grid} became {quantizer}")
             else:
-                level_set = stage.get_submodule(quantizer).level_set
-                _on_indices(stage, node, level_set.zero_index, level_set.index_dtype, report)
+                module = stage.get_submodule(quantizer)
+                assert isinstance(module, Quantize)
+                _on_indices(stage, node, module.level_set, report)
 
 
 def _quantizer(stage: StageModule, fake_quant: str) -> str:
@@ -88,20 +89,19 @@ def _quantizer(stage: StageModule, fake_quant: str) -> str:
     return name
 
 
-def _on_indices(
-    stage: StageModule, node: fx.Node, zero: int, dtype: str, report: PassReport
-) -> None:
+def _on_indices(stage: StageModule, node: fx.Node, level_set: LevelSet, report: PassReport) -> None:
     """Give an index op the form that runs on indices, where the plain call would not do."""
     module, match = called_module(stage, node), index_op(stage, node)
     assert match is not None
     if match.kind == "zero_pad":
-        padding = argument(node, 1, "pad") if module is None else module.padding
+        zero = level_set.zero_index
+        padding: Any = argument(node, 1, "pad") if module is None else module.padding
         node.op, node.target = "call_function", functional.pad
         node.args, node.kwargs = (match.inputs[0], padding, "constant", zero), {}
         report.change(node, f"pads with the zero level's index {zero}")
         return
     name = called_name(node) if module is None else type(module).__name__
-    if name in FLOAT_ONLY or (match.kind == "upsample" and dtype == "int16"):
+    if name in FLOAT_ONLY or (match.kind == "upsample" and level_set.index_dtype == "int16"):
         call = name if module is None else module
         wrapper = free_name(stage, "through_float")
         stage.add_module(wrapper, ThroughFloat(call))
@@ -220,9 +220,7 @@ def _write_readers(
     wants_float = any(not reads_metadata(user) for user in others) or not emissions
     graph, own = node.graph, info(node)
     with graph.inserting_before(node):
-        readers = [
-            (graph.get_attr(quantizer), low, high) for quantizer, low, high in by_reader
-        ]
+        readers = [(graph.get_attr(quantizer), low, high) for quantizer, low, high in by_reader]
     node.args = (node.args[0], *readers, *([None] if wants_float and readers else []))
     results = _results(node, len(readers) + wants_float)
     if len(results) > 1:

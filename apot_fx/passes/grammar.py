@@ -9,7 +9,7 @@ from torch import fx
 
 from ..errors import GrammarError
 from ..fake_quant import FakeQuantize
-from ..graph import called_module
+from ..graph import called_module, source
 from ..nn import ConvertedOp, PreparedOp, Quantize
 from .index_ops import bounds, index_op
 from .stage import StageModule, info, inputs_of
@@ -24,10 +24,10 @@ def is_prepared(stage: StageModule) -> None:
         module = node.args[1]
         if module is None:
             continue
-        for source in (s for value in inputs_of(node) for s in _sources(stage, value)):
-            if source.op != "call_module" or source.target != module.target:
+        for origin in (s for value in inputs_of(node) for s in _sources(stage, value)):
+            if origin.op != "call_module" or origin.target != module.target:
                 raise GrammarError(
-                    f"{node.name}: reads {source.name}, which is not on the grid of {module.target}"
+                    f"{node.name}: reads {origin.name}, which is not on the grid of {module.target}"
                 )
 
 
@@ -36,9 +36,9 @@ def is_hoisted(stage: StageModule) -> None:
     is_prepared(stage)
     for node in stage.graph.nodes:
         if isinstance(called_module(stage, node), FakeQuantize):
-            match = index_op(stage, node.args[0])
+            match = index_op(stage, source(node))
             if match is not None and match.kind != "dropout":
-                raise GrammarError(f"{node.name}: stands below the index op {node.args[0].name}")
+                raise GrammarError(f"{node.name}: stands below the index op {source(node).name}")
 
 
 def is_converted(stage: StageModule) -> None:
@@ -50,24 +50,24 @@ def is_converted(stage: StageModule) -> None:
     for node in stage.graph.nodes:
         module = called_module(stage, node)
         if isinstance(module, ConvertedOp) and module.input_spec:
-            for source in (s for value in inputs_of(node) for s in _sources(stage, value)):
-                if not info(source).quantizer:
-                    raise GrammarError(f"{node.name}: reads {source.name}, which is no index")
+            for origin in (s for value in inputs_of(node) for s in _sources(stage, value)):
+                if not info(origin).quantizer:
+                    raise GrammarError(f"{node.name}: reads {origin.name}, which is no index")
         if isinstance(module, Quantize):
             _reads_true_float(stage, node)
 
 
 def _reads_true_float(stage: StageModule, node: fx.Node) -> None:
     """A quantizer of its own must stand behind a float op, never behind a quantized layer."""
-    pending: list[tuple[fx.Node, bool]] = [(node.args[0], True)]
+    pending = [(source(node), True)]
     while pending:
-        source, zero_survives = pending.pop()
-        layer = source.args[0] if source.target is operator.getitem else source
+        value, zero_survives = pending.pop()
+        layer = source(value) if value.target is operator.getitem else value
         if isinstance(called_module(stage, layer), ConvertedOp):
             raise GrammarError(f"{node.name}: quantizes what {layer.name} gives in float")
-        match, limits = index_op(stage, source), bounds(stage, source)
+        match, limits = index_op(stage, value), bounds(stage, value)
         if limits is not None:
-            pending.append((source.args[0], zero_survives and limits[0] <= 0 <= limits[1]))
+            pending.append((source(value), zero_survives and limits[0] <= 0 <= limits[1]))
         elif match is not None and (zero_survives or match.kind != "zero_pad"):
             pending.extend((inner, zero_survives) for inner in match.inputs)
 
@@ -78,8 +78,8 @@ def _sources(stage: StageModule, node: fx.Node) -> Iterator[fx.Node]:
     if match is None:
         yield node
         return
-    for source in match.inputs:
-        yield from _sources(stage, source)
+    for inner in match.inputs:
+        yield from _sources(stage, inner)
 
 
 def _ids_are_unique(stage: StageModule) -> None:

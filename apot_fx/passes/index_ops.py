@@ -19,10 +19,45 @@ from ..nn import ConvertedOp
 
 #: Ops that move values about; the same call runs on an index tensor.
 MOVES = frozenset(
-    "reshape view flatten unflatten permute transpose swapaxes swapdims movedim moveaxis t adjoint "
-    "squeeze unsqueeze contiguous clone expand flip fliplr flipud narrow select index_select chunk "
-    "split tensor_split unbind getitem roll rot90 repeat tile broadcast_to ravel pixel_shuffle "
-    "pixel_unshuffle channel_shuffle".split()
+    [
+        "reshape",
+        "view",
+        "flatten",
+        "unflatten",
+        "permute",
+        "transpose",
+        "swapaxes",
+        "swapdims",
+        "movedim",
+        "moveaxis",
+        "t",
+        "adjoint",
+        "squeeze",
+        "unsqueeze",
+        "contiguous",
+        "clone",
+        "expand",
+        "flip",
+        "fliplr",
+        "flipud",
+        "narrow",
+        "select",
+        "index_select",
+        "chunk",
+        "split",
+        "tensor_split",
+        "unbind",
+        "getitem",
+        "roll",
+        "rot90",
+        "repeat",
+        "tile",
+        "broadcast_to",
+        "ravel",
+        "pixel_shuffle",
+        "pixel_unshuffle",
+        "channel_shuffle",
+    ]
 )
 MOVE_MODULES = (
     nn.Flatten,
@@ -69,7 +104,9 @@ DROPOUT_MODULES = (
 )
 #: Max pools that torch has no integer kernel for (2.13): these run through float32 of the index.
 FLOAT_ONLY = frozenset({"max_pool1d", "MaxPool1d"}) | frozenset(
-    name.format(rank) for rank in (1, 2, 3) for name in ("adaptive_max_pool{}d", "AdaptiveMaxPool{}d")
+    name.format(rank)
+    for rank in (1, 2, 3)
+    for name in ("adaptive_max_pool{}d", "AdaptiveMaxPool{}d")
 )
 NEAREST = frozenset({"nearest", "nearest-exact"})
 
@@ -163,11 +200,65 @@ def _indexes_tensor(stage: nn.Module, node: fx.Node) -> bool:
 
 #: Calls known to give one tensor; a getitem of anything else may pick from a tuple.
 _ONE_TENSOR = frozenset(
-    "relu relu6 hardtanh clamp clip clamp_min clamp_max sigmoid hardsigmoid softmax softplus abs "
-    "square exp add sub mul div truediv neg pow mean sum sqrt rsqrt gelu silu tanh elu leaky_relu "
-    "hardswish mish log_softmax linear conv1d conv2d conv3d matmul bmm einsum batch_norm layer_norm "
-    "group_norm instance_norm dropout avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d "
-    "adaptive_avg_pool2d adaptive_avg_pool3d interpolate pad getitem iadd isub imul".split()
+    [
+        "relu",
+        "relu6",
+        "hardtanh",
+        "clamp",
+        "clip",
+        "clamp_min",
+        "clamp_max",
+        "sigmoid",
+        "hardsigmoid",
+        "softmax",
+        "softplus",
+        "abs",
+        "square",
+        "exp",
+        "add",
+        "sub",
+        "mul",
+        "div",
+        "truediv",
+        "neg",
+        "pow",
+        "mean",
+        "sum",
+        "sqrt",
+        "rsqrt",
+        "gelu",
+        "silu",
+        "tanh",
+        "elu",
+        "leaky_relu",
+        "hardswish",
+        "mish",
+        "log_softmax",
+        "linear",
+        "conv1d",
+        "conv2d",
+        "conv3d",
+        "matmul",
+        "bmm",
+        "einsum",
+        "batch_norm",
+        "layer_norm",
+        "group_norm",
+        "instance_norm",
+        "dropout",
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "adaptive_avg_pool3d",
+        "interpolate",
+        "pad",
+        "getitem",
+        "iadd",
+        "isub",
+        "imul",
+    ]
 )
 _MANY_TENSORS = (
     nn.RNNBase,
@@ -233,12 +324,42 @@ def _numbers(low: Any, high: Any) -> tuple[float, float] | None:
 
 #: Calls whose result is never negative, and those that keep non-negative values so.
 _NON_NEGATIVE = frozenset(
-    "relu relu6 sigmoid hardsigmoid softmax softplus abs square exp ReLU ReLU6 Sigmoid Hardsigmoid "
-    "Softmax Softmax2d Softplus".split()
+    [
+        "relu",
+        "relu6",
+        "sigmoid",
+        "hardsigmoid",
+        "softmax",
+        "softplus",
+        "abs",
+        "square",
+        "exp",
+        "ReLU",
+        "ReLU6",
+        "Sigmoid",
+        "Hardsigmoid",
+        "Softmax",
+        "Softmax2d",
+        "Softplus",
+    ]
 )
 _KEEPS_SIGN = frozenset(
-    "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d mean add mul "
-    "AvgPool1d AvgPool2d AvgPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d".split()
+    [
+        "avg_pool1d",
+        "avg_pool2d",
+        "avg_pool3d",
+        "adaptive_avg_pool1d",
+        "adaptive_avg_pool2d",
+        "mean",
+        "add",
+        "mul",
+        "AvgPool1d",
+        "AvgPool2d",
+        "AvgPool3d",
+        "AdaptiveAvgPool1d",
+        "AdaptiveAvgPool2d",
+        "AdaptiveAvgPool3d",
+    ]
 )
 
 

@@ -113,12 +113,12 @@ def _module_pool(module: nn.Module) -> Pool | None:
 def _window_pool(node: fx.Node, rank: int) -> Pool | None:
     names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad")
     defaults = (None, None, 0, False, True)
-    values = [
+    kernel, stride, padding, ceil_mode, count_include_pad = (
         argument(node, place + 1, name, default)
         for place, (name, default) in enumerate(zip(names, defaults, strict=True))
-    ]
+    )
     divisor = argument(node, 6, "divisor_override") if rank == 2 else None
-    return _window(rank, *values, divisor)
+    return _window(rank, kernel, stride, padding, ceil_mode, count_include_pad, divisor)
 
 
 def _window(
@@ -130,13 +130,16 @@ def _window(
     count_include_pad: bool,
     divisor: int | None,
 ) -> Pool | None:
-    sizes = [_sizes(value, rank) for value in (kernel, stride or kernel, padding)]
-    if any(size is None for size in sizes):
+    kernels, strides = _sizes(kernel, rank), _sizes(stride or kernel, rank)
+    paddings = _sizes(padding, rank)
+    if kernels is None or strides is None or paddings is None:
         return None
     return Pool(
         "window",
         rank,
-        *(tuple(size or ()) for size in sizes),
+        kernel=kernels,
+        stride=strides,
+        padding=paddings,
         ceil_mode=ceil_mode,
         count_include_pad=count_include_pad,
         divisor=divisor,

@@ -8,6 +8,7 @@ defaults, and a submodule that can't be followed becomes a leaf with a reason.
 from __future__ import annotations
 
 import inspect
+import operator
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from ..fake_quant import FakeQuantize
 from ..graph import user_line
 from ..nn import ConvertedOp, PreparedOp, Quantize, ThroughFloat
 from .base import PassReport
+from .mutation import AUGMENTED
 from .stage import NodeInfo, StageModule, set_info
 
 #: ``node.meta`` key: which module's training flag the call follows.
@@ -46,6 +48,24 @@ class TrainingFlag(int):
         return int(self) != 0
 
 
+class ApotProxy(fx.Proxy):
+    """Records ``x += y`` and ``x[i] = y``; fx's own proxy takes the first for ``x + y``."""
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+
+def _augmented(target: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return record
+
+
+for _target in AUGMENTED:
+    setattr(ApotProxy, f"__{_target.__name__}__", _augmented(_target))
+
+
 class ApotTracer(fx.Tracer):
     """``torch.fx.Tracer`` that also keeps apot_fx's own modules, and chosen ones, as leaves.
 
@@ -67,6 +87,9 @@ class ApotTracer(fx.Tracer):
         self.leaf_names = {leaf for leaf in chosen if isinstance(leaf, str)}
         self.given: frozenset[str] = frozenset()  # optional arguments that stay inputs
         self.failed_in: str | None = None  # innermost module that could not be followed
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return ApotProxy(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (

@@ -35,8 +35,12 @@ def explain(stage: StageModule, node: str | None = None) -> Table:
             rows.append(_cells(name, type(module).__name__, "float", why=why))
     if node is not None:
         rows = _only(rows, node)
-    return Table(_COLUMNS, rows, title=f"{stage.apot.origin.__name__}: {stage.apot.kind}",
-                 notes=_notes(stage))
+    return Table(
+        _COLUMNS,
+        rows,
+        title=f"{stage.apot.origin.__name__}: {stage.apot.kind}",
+        notes=_notes(stage),
+    )
 
 
 def _cells(
@@ -103,7 +107,7 @@ def _notes(stage: StageModule) -> list[str]:
         if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) and not isinstance(m, PreparedLayer)
     ]
     inside = sum(layer.weight.numel() for layer in layers)
-    total = inside + sum(layer.weight.numel() for layer in others)
+    total = inside + sum(int(layer.get_parameter("weight").numel()) for layer in others)
     share = f"{100 * inside / total:.1f} %" if total else "none"
     return [f"{len(layers)} of {len(layers) + len(others)} layers quantized, {share} of weights"]
 

@@ -39,8 +39,9 @@ def summary(stage: StageModule) -> Table:
     notes = [f"state_dict of the {stage.apot.kind} model: {stored_bytes(stage):,} bytes"]
     if packed:
         notes.append(f"quantized weights: {packed:,} bytes, {floats / packed:.2f}x below float32")
-    return Table(_COLUMNS, rows, title=f"{stage.apot.origin.__name__}: {stage.apot.kind}",
-                 notes=notes)
+    return Table(
+        _COLUMNS, rows, title=f"{stage.apot.origin.__name__}: {stage.apot.kind}", notes=notes
+    )
 
 
 def _row(name: str, layer: PreparedLayer | ConvertedLayer) -> dict[str, object]:

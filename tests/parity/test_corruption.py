@@ -6,12 +6,12 @@ import operator
 
 import pytest
 import torch
-from tests.nets import branches, calibrated, mlp
 
 import apot_fx
 from apot_fx.levels import LevelSet
 from apot_fx.nn import ConvertedLayer, Quantize
 from apot_fx.passes.stage import StageModule
+from tests.nets import branches, calibrated, mlp
 
 CONFIG = apot_fx.QConfig(apot_fx.WeightSpec(4), apot_fx.ActivationSpec(4, residual=8))
 
@@ -56,7 +56,12 @@ def test_names_the_layer_and_the_distance() -> None:
     converted = apot_fx.convert_apot(prepared)
     flip(converted.get_submodule("left").s, 3)
     finding = apot_fx.check_parity(prepared, converted, batches).failures[0]
-    assert (finding.where, finding.layer, finding.differing, finding.ulp) == ("left.s", "left", 1, 1)
+    assert (finding.where, finding.layer, finding.differing, finding.ulp) == (
+        "left.s",
+        "left",
+        1,
+        1,
+    )
 
 
 def test_running_finds_what_differs_first() -> None:

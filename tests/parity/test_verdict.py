@@ -6,11 +6,11 @@ import json
 
 import pytest
 import torch
-from tests.nets import branches, calibrated, mlp
 from torch import nn
 
 import apot_fx
 from apot_fx.errors import CalibrationError, StageError
+from tests.nets import branches, calibrated, mlp
 
 
 def test_exact_verdict_counts_values_and_nodes() -> None:
