@@ -64,7 +64,7 @@ class SeparableNet(nn.Module):
     bits destroys.
     """
 
-    def __init__(self, width: int = 24, depth: int = 4) -> None:
+    def __init__(self, width: int = 32, depth: int = 4) -> None:
         super().__init__()
         layers: list[nn.Module] = [conv_norm(1, width)]
         channels = width

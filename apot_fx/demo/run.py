@@ -23,7 +23,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "separable": SeparableNet,
 }
 PRESETS = ("w4a4", "w3a3")
-FLOAT_EPOCHS, TUNING_EPOCHS = 30, 8
+FLOAT_EPOCHS, TUNING_EPOCHS = 60, 15
 _COLUMNS = (
     "model", "form", "accuracy %", "± s.e.", "flips", "bytes", "parity", "seconds",
 )  # fmt: skip
