@@ -15,7 +15,7 @@ from torch import nn
 
 from .config import ActivationSpec, WeightSpec
 from .errors import CalibrationError, StateError
-from .kernels import ALPHA_MAX, ALPHA_MIN
+from .kernels import ALPHA_MAX, ALPHA_MIN, step_of
 from .levels import LevelSet
 from .observer import Observer, make_observer, weight_alpha
 from .tensor import check_alpha, keep_float32
@@ -34,7 +34,8 @@ class FakeQuantize(nn.Module):
             per channel, ``(C, groups)`` per group.
         state: ``"observing"``, ``"frozen"`` or ``"learning"``.
         signed: whether levels are signed; None while neither the graph nor calibration said so.
-        level_set: the :class:`LevelSet`; None while ``signed`` is open.
+        level_set: the :class:`LevelSet`; None while ``signed`` is open. ``level_spec`` is its spec
+            (or ""), ``unit`` its unit (or 0).
         observer: the observer module; None for weights, whose α is found from the weight itself.
         observer_enabled, fake_quant_enabled: switches, as in torch.
 
@@ -62,7 +63,7 @@ class FakeQuantize(nn.Module):
         self.state = OBSERVING
         self.known_sign: bool | None = None  # by the config or the graph
         self.signed: bool | None = None
-        self.level_spec = ""
+        self._use(None)
         self.observer_enabled = observer is not None
         self.fake_quant_enabled = True
 
@@ -89,8 +90,14 @@ class FakeQuantize(nn.Module):
             weight.detach(), level_set, spec.observer, axis, spec.group_size, name=name
         )
         made = cls(spec, alpha, axis, spec.group_size, None)
-        made.signed, made.level_spec, made.state = level_set.signed, level_set.spec, FROZEN
+        made.signed, made.state = True, FROZEN
+        made._use(level_set)
         return made
+
+    def _use(self, level_set: LevelSet | None) -> None:
+        """Plain values beside the level set, so that forward compiles without looking into it."""
+        self.level_spec = "" if level_set is None else level_set.spec
+        self.unit = 0 if level_set is None else level_set.unit
 
     @property
     def level_set(self) -> LevelSet | None:
@@ -111,8 +118,8 @@ class FakeQuantize(nn.Module):
         return self.alpha.detach().clamp(ALPHA_MIN, ALPHA_MAX)
 
     def step(self) -> torch.Tensor:
-        """α / M, float32; raises CalibrationError while signedness is open."""
-        return self.clamped_alpha() / self.known_level_set().unit
+        """α / M, float32, once the level set is known."""
+        return step_of(self.clamped_alpha(), self.unit)
 
     def known_level_set(self) -> LevelSet:
         if self.level_set is None:
@@ -166,12 +173,12 @@ class FakeQuantize(nn.Module):
         self.observer.reset()
         self.state, self.observer_enabled = OBSERVING, True
         self.signed = self.known_sign
-        self.level_spec = "" if self.signed is None else self.spec.level_set(self.signed).spec
+        self._use(None if self.signed is None else self.spec.level_set(self.signed))
 
     def _leave_observing(self, signed: bool) -> None:
         assert isinstance(self.spec, ActivationSpec) and self.observer is not None
         self.signed = signed
-        self.level_spec = self.spec.level_set(signed).spec
+        self._use(self.spec.level_set(signed))
         self._set_alpha(self.observer.propose(self.known_level_set()))
         self.state = LEARNING if self.training else FROZEN
         self.observer_enabled = False
@@ -197,6 +204,7 @@ class FakeQuantize(nn.Module):
     def set_extra_state(self, state: torch.Tensor) -> None:
         for key, value in _read_extra_state(state).items():
             setattr(self, key, value)
+        self._use(self.level_set)
 
     def check_state(self, state: Mapping[str, Any]) -> None:
         """Refuse a NaN α, a wrong shape or an unreadable state before it is loaded."""

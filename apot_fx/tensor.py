@@ -132,7 +132,7 @@ class ApotTensor(nn.Module):
     @property
     def step(self) -> torch.Tensor:
         """α / M, float32, of α's shape."""
-        return self.alpha / self.level_set.unit
+        return kernels.step_of(self.alpha, self.level_set.unit)
 
     @property
     def dtype(self) -> torch.dtype:

@@ -6,6 +6,15 @@
 
 from . import ops as ops
 from .functional import dequantize, fake_quantize, pack, quantize, unpack
-from .reference import ALPHA_MAX, ALPHA_MIN
+from .reference import ALPHA_MAX, ALPHA_MIN, step_of
 
-__all__ = ["ALPHA_MAX", "ALPHA_MIN", "dequantize", "fake_quantize", "pack", "quantize", "unpack"]
+__all__ = [
+    "ALPHA_MAX",
+    "ALPHA_MIN",
+    "dequantize",
+    "fake_quantize",
+    "pack",
+    "quantize",
+    "step_of",
+    "unpack",
+]

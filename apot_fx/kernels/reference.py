@@ -69,6 +69,16 @@ def spread(
     return wide.reshape(x.shape[axis], *rest).movedim(0, axis)
 
 
+def step_of(alpha: torch.Tensor, unit: int) -> torch.Tensor:
+    """``fl(α / M)``. Both are tensors, since GPUs divide by a number through its reciprocal."""
+    return torch.div(alpha, alpha.new_full((), float(unit)))
+
+
+def _per_alpha(unit: int, alpha: torch.Tensor) -> torch.Tensor:
+    """``fl(unit / α)`` by one IEEE division: ``number / tensor`` would round a reciprocal first."""
+    return torch.div(alpha.new_full((), float(unit)), alpha)
+
+
 def reduce_to_alpha(
     values: torch.Tensor, alpha: torch.Tensor, axis: int | None, group_size: int | None
 ) -> torch.Tensor:
@@ -94,7 +104,7 @@ def half_units(
     if levels.unit > TABLE_UNIT:
         dtype = torch.float64
     x = x.to(dtype)
-    scale = (2 * levels.unit) / spread(alpha.to(dtype), x, axis, group_size)
+    scale = _per_alpha(2 * levels.unit, spread(alpha.to(dtype), x, axis, group_size))
     t = (x * scale).ceil_().clamp_(2 * levels.q_min, 2 * levels.q_max)
     return t.nan_to_num_(nan=0.0)
 
@@ -148,7 +158,7 @@ def dequantize(
     """``fl(q · fl(α/M))`` (contract 4.2), float32, or float64 where α is."""
     unit, wanted = LevelSet.parse(spec).unit, working_dtype(alpha)
     dtype = torch.float64 if unit > TABLE_UNIT else wanted
-    step = spread(alpha.to(dtype), index, axis, group_size) / unit
+    step = step_of(spread(alpha.to(dtype), index, axis, group_size), unit)
     if axis is None:
         values = (level_table(spec, index.device, dtype) * step).to(wanted)
         return look_up(values, index.to(torch.int32), index)
@@ -181,7 +191,7 @@ def fake_quantize(
     else:
         dtype, low = working_dtype(x), 2 * LevelSet.parse(spec).q_min
         place = (half_units(x, alpha, spec, axis, group_size) - low).to(torch.int32)
-        step = spread(alpha.to(dtype), x, axis, group_size) / unit
+        step = step_of(spread(alpha.to(dtype), x, axis, group_size), unit)
         table = half_unit_levels(spec, x.device, dtype)
         shared = axis is None  # one α: scale the table, not every value
         y = look_up(table * step, place, x) if shared else look_up(table, place, x).mul_(step)
@@ -205,7 +215,7 @@ def fake_quantize_backward(
     """
     levels, dtype = LevelSet.parse(spec), working_dtype(x)
     wide, clip = x.to(dtype), spread(alpha.to(dtype), x, axis, group_size)
-    step = clip / levels.unit
+    step = step_of(clip, levels.unit)
     above = wide > levels.q_max * step
     inside = ~above & (wide >= levels.q_min * step)
     dx = _like(torch.where(inside, grad.to(dtype), 0.0).to(x.dtype), x)
@@ -233,5 +243,6 @@ def to_levels(
 ) -> torch.Tensor:
     """The integer level of a value on the grid, ``rint(x · fl(M/α))``, float32; exact to 2^15."""
     dtype = working_dtype(x)
-    scale = LevelSet.parse(spec).unit / spread(alpha.to(dtype), x, axis, group_size)
+    unit = LevelSet.parse(spec).unit
+    scale = _per_alpha(unit, spread(alpha.to(dtype), x, axis, group_size))
     return _like((x.to(dtype) * scale).round_().to(torch.float32), x)

@@ -9,6 +9,7 @@ import torch.nn.functional as functional
 
 from ..errors import TensorError
 from ..fake_quant import FakeQuantize
+from ..kernels import step_of
 from .op import ConvertedOp, PreparedOp, with_gradient_of
 from .quantize import Quantize
 
@@ -102,8 +103,8 @@ class PreparedPool(PreparedOp):
         if self.training or fake_quant is None or not fake_quant.quantizes:
             return self.pool.plain(x)
         _check_rank(self.pool, x)
-        spec = fake_quant.known_level_set().spec
-        levels = torch.ops.apot_fx.to_levels(x, fake_quant.clamped_alpha(), spec)
+        alpha = fake_quant.clamped_alpha()
+        levels = torch.ops.apot_fx.to_levels(x, alpha, fake_quant.level_spec)
         pooled = self.pool.exact(levels, fake_quant.step())
         if torch.is_grad_enabled() and x.requires_grad:
             return with_gradient_of(pooled, self.pool.plain(x))
@@ -122,7 +123,7 @@ class ConvertedPool(ConvertedOp):
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         _check_rank(self.pool, x)
         levels = torch.ops.apot_fx.levels(x, self.input_spec)
-        return self.pool.exact(levels, self.grid.alpha / self.grid.level_set.unit)
+        return self.pool.exact(levels, step_of(self.grid.alpha, self.grid.level_set.unit))
 
 
 def _check_rank(pool: Pool, x: torch.Tensor) -> None:

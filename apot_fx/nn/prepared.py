@@ -12,10 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import nn
 
-from .. import kernels
 from ..config import WeightSpec
 from ..fake_quant import EXACT_UNIT, FakeQuantize
-from ..levels import LevelSet
 from .fold import is_foldable, scale_and_bias
 from .op import PreparedOp, with_gradient_of
 from .products import EXACT_SUM, ConvProduct, LinearProduct, Product
@@ -94,15 +92,15 @@ class PreparedLayer(PreparedOp):
         self, x: torch.Tensor, fake_quant: FakeQuantize | None, batch_norm: nn.Module | None
     ) -> torch.Tensor:
         with torch.no_grad():
-            size = self.weight_fake_quant.group_size
-            level_set = self.weight_fake_quant.known_level_set()
-            levels = torch.ops.apot_fx.levels(self.integer_weight(), level_set.spec)
+            size, weight = self.weight_fake_quant.group_size, self.weight_fake_quant
+            levels = torch.ops.apot_fx.levels(self.integer_weight(), weight.level_spec)
             s, b = self._scale_and_bias(fake_quant, batch_norm)
             if fake_quant is None:
                 return self.product.weight_only(x, levels, s, b, size or levels[0].numel())
-            inputs = fake_quant.known_level_set()
-            x = torch.ops.apot_fx.to_levels(x, fake_quant.clamped_alpha(), inputs.spec)
-            wide = is_wide(levels[0].numel(), inputs, level_set)
+            alpha = fake_quant.clamped_alpha()
+            x = torch.ops.apot_fx.to_levels(x, alpha, fake_quant.level_spec)
+            # By the weight-free bound: a look at the weights would be a data-dependent branch.
+            wide = levels[0].numel() * fake_quant.unit * weight.unit > EXACT_SUM
             return self.product(x, levels, s, b, size, wide)
 
     def _scale_and_bias(
@@ -137,23 +135,14 @@ class PreparedLayer(PreparedOp):
     def integer_weight(self) -> torch.Tensor:
         """The weight's indices now (uint8 or int16, the weight's shape)."""
         quant = self.weight_fake_quant
-        return kernels.quantize(
-            self.weight.detach(),
-            quant.clamped_alpha(),
-            quant.known_level_set(),
-            quant.axis,
-            quant.group_size,
+        alpha, weight = quant.clamped_alpha(), self.weight.detach()
+        return torch.ops.apot_fx.quantize(
+            weight, alpha, quant.level_spec, quant.axis, quant.group_size
         )
 
 
-def is_wide(terms: int, inputs: LevelSet, weights: LevelSet) -> bool:
-    """Whether a sum of ``terms`` products may pass 2^24, by the weight-free bound."""
-    return terms * inputs.unit * weights.unit > EXACT_SUM
-
-
 def _on_grid(fake_quant: FakeQuantize) -> bool:
-    level_set = fake_quant.level_set
-    return fake_quant.quantizes and level_set is not None and level_set.unit <= EXACT_UNIT
+    return fake_quant.quantizes and fake_quant.unit <= EXACT_UNIT
 
 
 class PreparedLinear(PreparedLayer, nn.Linear):  # type: ignore[misc]
