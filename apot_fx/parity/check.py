@@ -99,7 +99,7 @@ class _Comparison:
 
         def keep(node: fx.Node, found: NodeInfo, args: tuple[Any, ...], value: Any) -> None:
             assert found.id is not None
-            values[found.id] = value
+            values[found.id] = value.clone() if _is_pinned(node, value) else value
             self._observe(node, found, args)
 
         def again(node: fx.Node, found: NodeInfo, args: tuple[Any, ...], value: Any) -> None:
@@ -186,6 +186,11 @@ class _Comparison:
                 or (info(user).quantizer and not _is(self.converted, user, ConvertedOp))
             )
         return False
+
+
+def _is_pinned(node: fx.Node, value: Any) -> bool:
+    """Whether a later node may write into the value."""
+    return bool(node.meta.get("pinned")) and isinstance(value, torch.Tensor)
 
 
 def _tensor_pairs(mine: Any, theirs: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:

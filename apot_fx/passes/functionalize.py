@@ -8,6 +8,7 @@ reason, and everything that touches it stays float (``meta["pinned"]``).
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import fx
@@ -78,11 +79,12 @@ class _Unprovable:
         for node in stage.graph.nodes:
             for source in node.all_input_nodes:
                 self.last_read[aliases.root(source)] = self.order[node]
-        self.loose: dict[fx.Node, set[fx.Node]] = {}
+        # Roots that may share memory, and since when: what is made after a write reads its result.
+        self.loose: dict[fx.Node, list[tuple[fx.Node, int]]] = {}
         for first, second in aliases.loose:
-            one, two = aliases.root(first), aliases.root(second)
-            self.loose.setdefault(one, set()).add(two)
-            self.loose.setdefault(two, set()).add(one)
+            one, two, since = aliases.root(first), aliases.root(second), self.order[second]
+            self.loose.setdefault(one, []).append((two, since))
+            self.loose.setdefault(two, []).append((one, since))
         for node, target in writes.items():
             reason = self._why(stage, node, target)
             if reason:
@@ -95,17 +97,18 @@ class _Unprovable:
         reason = why_in_place(stage, node)
         if reason:
             return reason
-        for other in self._neighbours(root):
+        for other in self._neighbours(root, self.order[node]):
             if self.last_read.get(other, -1) > self.order[node]:
                 return f"{other.name}, read later, may or may not share its memory"
         return ""
 
-    def _neighbours(self, root: fx.Node) -> set[fx.Node]:
-        """Everything that may share a root's memory, directly or through others."""
+    def _neighbours(self, root: fx.Node, until: float = math.inf) -> set[fx.Node]:
+        """Everything that may, at a place in the graph, share a root's memory."""
         found: set[fx.Node] = set()
         pending = [root]
         while pending:
-            new = self.loose.get(pending.pop(), set()) - found - {root}
+            near = self.loose.get(pending.pop(), [])
+            new = {other for other, since in near if since < until} - found - {root}
             found |= new
             pending.extend(new)
         return found

@@ -26,6 +26,9 @@ from .base import PassReport
 
 META = "apot"
 
+#: ``node.meta`` flags: never erase; may share memory with something written in place.
+KEPT_FLAGS = ("keep", "pinned")
+
 Forward = Callable[[nn.Module, Any], Any]
 
 
@@ -205,7 +208,7 @@ def _dump_graph(graph: fx.Graph) -> bytes:
     """Pickle a graph by itself: node names and our meta, without owner and without user types."""
     clone = copy.deepcopy(graph)
     for node in clone.nodes:
-        node.meta = {k: v for k, v in node.meta.items() if k.startswith(META) or k == "keep"}
+        node.meta = {k: v for k, v in node.meta.items() if k.startswith(META) or k in KEPT_FLAGS}
     clone._tracer_cls = None
     buffer = io.BytesIO()
     _GraphPickler(buffer).dump(clone)
