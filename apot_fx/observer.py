@@ -234,8 +234,8 @@ def _least_squares(
         best, error = torch.where(better, alpha, best), torch.where(better, total, error)
         ratio = torch.where(better, candidate, ratio)
 
-    for coarse in range(21):
-        attempt(torch.full_like(largest, 1.1 - 0.05 * coarse))
+    for place in (2, *range(21)):  # 1.0 first, so that a row of zeros keeps the smallest α
+        attempt(torch.full_like(largest, 1.1 - 0.05 * place))
     centre = ratio
     for fine in (-4, -3, -2, -1, 1, 2, 3, 4):
         attempt(centre + 0.01 * fine)

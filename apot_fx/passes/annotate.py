@@ -16,6 +16,9 @@ from .stage import StageModule, set_info
 
 PLAN = "apot_plan"
 
+#: The reason reported for a layer that no call in the graph reaches.
+NEVER_CALLED = "never called in the graph"
+
 #: Layers with weights that a config may name; those outside PREPARED stay float with a reason.
 _WITH_WEIGHTS = (
     nn.modules.conv._ConvNd,
@@ -79,7 +82,7 @@ class Annotate(Pass):
             else:
                 report.change(name, _describe(config))
         for name in never_called:
-            report.leave(name, "never called in the graph")
+            report.leave(name, _subclass(stage.get_submodule(name)) or NEVER_CALLED)
 
 
 def _layer_calls(stage: StageModule) -> dict[str, list[fx.Node]]:
@@ -104,13 +107,7 @@ def _why_float(
     stage: StageModule, layer: nn.Module, nodes: list[fx.Node], config: QConfig | None
 ) -> str:
     if type(layer) not in PREPARED:
-        base = next((kind.__name__ for kind in PREPARED if isinstance(layer, kind)), "")
-        name = type(layer).__name__
-        return (
-            f"{name} (subclass of {base}) may compute something else"
-            if base
-            else (f"{name} has no quantized form")
-        )
+        return _subclass(layer) or f"{type(layer).__name__} has no quantized form"
     if config is None or config.weight is None:
         return "the config leaves it in float"
     if any(node.meta.get("pinned") for node in nodes):
@@ -124,6 +121,13 @@ def _why_float(
     if next(iter(layer.parameters())).dtype.is_floating_point is False:
         return "its weight is not real floating point"
     return ""
+
+
+def _subclass(layer: nn.Module) -> str:
+    """The reason for a user's own kind of a layer, else ``""``."""
+    base = next((kind.__name__ for kind in PREPARED if isinstance(layer, kind)), "")
+    own = base and type(layer) not in PREPARED
+    return f"{type(layer).__name__} (subclass of {base}) may compute something else" if own else ""
 
 
 def _describe(config: QConfig | None) -> str:

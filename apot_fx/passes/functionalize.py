@@ -131,6 +131,9 @@ class _Values:
         """Let a node read present values."""
         reader.args = fx.map_arg(reader.args, lambda arg: self.present(arg, reader))
         reader.kwargs = fx.map_arg(reader.kwargs, lambda arg: self.present(arg, reader))
+        version = self.version.get(self.aliases.root(reader), 0)
+        if version:  # a view made after a write is a view of its result
+            self.views[reader] = (version, reader)
 
     def present(self, node: fx.Node, reader: fx.Node) -> fx.Node:
         """The node with the present value of a tensor; a view is made anew before ``reader``."""
@@ -148,14 +151,12 @@ class _Values:
         if kind == "same":
             return source
         with node.graph.inserting_before(reader):
-            twin = node.graph.node_copy(node, lambda arg: self._argument(arg, parent, source))
+            twin = node.graph.node_copy(node)
+        # Not by comparing with parent: the first argument may be an earlier version of it.
+        twin.args = (source, *twin.args[1:])
         set_info(twin, info(node), id=next_id(node.graph))
         self.views[node] = (version, twin)
         return twin
-
-    @staticmethod
-    def _argument(arg: fx.Node, parent: fx.Node, source: fx.Node) -> fx.Node:
-        return source if arg is parent else arg
 
     def write(self, node: fx.Node, target: fx.Node) -> None:
         """Note that ``node``'s value is what ``target``'s memory holds from here on."""

@@ -19,9 +19,6 @@ from .index_ops import IndexOp, bounds, index_op
 from .insert import insert_call
 from .stage import StageModule, info, next_id, set_info
 
-#: ``node.meta`` key, during this pass: the float value that a copied index op repeats.
-TWIN_OF = "apot_twin_of"
-
 Clamps = tuple[fx.Node, ...]  # in the order in which they are applied
 
 
@@ -38,12 +35,12 @@ class Hoist(Pass):
 
     def run(self, stage: StageModule, report: PassReport) -> None:
         before = set(stage.graph.nodes)
+        twins: dict[fx.Node, fx.Node] = {}
         for call in list(stage.graph.nodes):
             if not isinstance(called_module(stage, call), FakeQuantize):
                 continue
             source = call.args[0]
-            mover = _Mover(stage, call)
-            moved = mover.quantized(source, ())
+            moved = _Mover(stage, call, twins).quantized(source, ())
             if moved is call:
                 continue
             report.change(call.target, f"moved above {source.name}")
@@ -52,18 +49,24 @@ class Hoist(Pass):
                 before.add(moved)
             call.replace_all_uses_with(moved)
             stage.graph.erase_node(call)
-        _read_metadata_from_quantized(stage)
+        _read_metadata_from_quantized(stage, twins)
         prune(stage.graph)
 
 
 class _Mover:
     """Finds or makes, for one fake-quant call, the quantized form of any value above it."""
 
-    def __init__(self, stage: StageModule, call: fx.Node) -> None:
+    def __init__(self, stage: StageModule, call: fx.Node, twins: dict[fx.Node, fx.Node]) -> None:
         self.stage, self.call, self.name = stage, call, str(call.target)
+        self.twins = twins  # float value → a quantized value of its shape
 
     def quantized(self, node: fx.Node, clamps: Clamps) -> fx.Node:
         """The node that carries ``fake_quant(clamps(node))``."""
+        found = self._quantized(node, clamps)
+        self.twins.setdefault(node, found)
+        return found
+
+    def _quantized(self, node: fx.Node, clamps: Clamps) -> fx.Node:
         source = node.args[0] if node.args else None
         if bounds(self.stage, node) is not None and isinstance(source, fx.Node):
             return self.quantized(source, (node, *clamps))
@@ -117,7 +120,7 @@ class _Mover:
                 return user
         with node.graph.inserting_after(after or node):
             twin = node.graph.create_node(node.op, node.target, args, kwargs)
-        twin.meta = {**node.meta, TWIN_OF: node}
+        twin.meta = dict(node.meta)
         set_info(twin, info(node), id=next_id(node.graph), quantizer=quantizer)
         return twin
 
@@ -128,20 +131,9 @@ class _Mover:
         return insert_call(self.stage, self.name, node)
 
 
-def _read_metadata_from_quantized(stage: StageModule) -> None:
+def _read_metadata_from_quantized(stage: StageModule, twins: dict[fx.Node, fx.Node]) -> None:
     """Let ``size()`` and the like read a quantized twin, so that no float value stays for it."""
-    twins: dict[fx.Node, fx.Node] = {}
     for node in stage.graph.nodes:
-        raw = node.meta.get(TWIN_OF)
-        if isinstance(called_module(stage, node), FakeQuantize):
-            raw = node.args[0]
-            while bounds(stage, raw) is not None:
-                twins.setdefault(raw, node)
-                raw = raw.args[0]
-        if raw is not None:
-            twins.setdefault(raw, node)
-    for node in stage.graph.nodes:
-        node.meta.pop(TWIN_OF, None)
         source = node.args[0] if node.args else None
         if reads_metadata(node) and isinstance(source, fx.Node) and source in twins:
             replace_argument(node, source, twins[source])

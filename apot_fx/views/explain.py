@@ -29,9 +29,10 @@ def explain(stage: StageModule, node: str | None = None) -> Table:
         and not call.meta.get("keep")
     ]
     called = {row["name"] for row in rows}
+    layers = dict(stage.named_modules())
     for name, why in reasons.items():
-        if why == "never called in the graph" and name not in called:
-            module = stage.get_submodule(name)
+        if name in layers and name not in called:
+            module = layers[name]
             rows.append(_cells(name, type(module).__name__, "float", why=why))
     if node is not None:
         rows = _only(rows, node)
