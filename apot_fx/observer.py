@@ -14,7 +14,7 @@ from torch import nn
 
 from .config import ACTIVATION_OBSERVERS, check_choice
 from .errors import TensorError
-from .kernels import ALPHA_MAX, ALPHA_MIN
+from .kernels import ALPHA_MAX, ALPHA_MIN, reference
 from .levels import LevelSet
 
 #: Histogram: bins per octave (a power of two), and octaves from 2^-40 to 2^40.
@@ -214,36 +214,60 @@ class MSEObserver(HistogramObserver):
         return alpha.reshape(self.low.shape)
 
 
+def _squared_error(
+    rows: torch.Tensor,
+    alpha: torch.Tensor,
+    level_set: LevelSet,
+    weights: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Σ (weight ·) (Q(x) − x)² of every row, for one α per row; float64."""
+    if weights is None and level_set.unit <= reference.TABLE_UNIT:
+        half = rows * reference.per_alpha(2 * level_set.unit, alpha).unsqueeze(1)
+        half.ceil_().clamp_(2 * level_set.q_min, 2 * level_set.q_max).sub_(2 * level_set.q_min)
+        table = reference.half_unit_levels(level_set.spec, rows.device, rows.dtype)
+        found = table.index_select(0, half.to(torch.int32).view(-1)).view(rows.shape)
+        step = reference.step_of(alpha, level_set.unit).unsqueeze(1)
+        return found.mul_(step).sub_(rows).square_().sum(1, dtype=torch.float64)
+    lost = torch.ops.apot_fx.fake_quantize(rows, alpha, level_set.spec, 0) - rows
+    squares = lost.double().square()
+    return (squares if weights is None else squares * weights).sum(1)
+
+
+#: Values that the coarse search looks at: of every row at least 256, of few rows more.
+_COARSE_ROW, _COARSE = 2**8, 2**15
+
+
 def _least_squares(
     rows: torch.Tensor,
     largest: torch.Tensor,
     level_set: LevelSet,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """The α of every row with the least squared error: 21 ratios of ``largest``, then 8 near it."""
-    best, error = largest, torch.full_like(largest, float("inf"), dtype=torch.float64)
-    ratio = torch.ones_like(largest)
+    """The α of every row with the least (weighted) squared error.
 
-    def attempt(candidate: torch.Tensor) -> None:
-        nonlocal best, error, ratio
-        alpha = (largest * candidate).clamp(ALPHA_MIN, ALPHA_MAX)
-        lost = torch.ops.apot_fx.fake_quantize(rows, alpha, level_set.spec, 0) - rows
-        squares = lost.double().square()
-        total = (squares if weights is None else squares * weights).sum(1)
-        better = total < error
-        best, error = torch.where(better, alpha, best), torch.where(better, total, error)
-        ratio = torch.where(better, candidate, ratio)
+    First 21 ratios of ``largest``, on a sample of long rows, then 9 ratios around the best.
+    """
+    sample = rows
+    stride = rows.shape[1] // max(_COARSE_ROW, _COARSE // max(1, len(rows)))
+    if weights is None and stride > 1:
+        sample = rows[:, ::stride].contiguous()
 
-    for place in (2, *range(21)):  # 1.0 first, so that a row of zeros keeps the smallest α
-        attempt(torch.full_like(largest, 1.1 - 0.05 * place))
-    centre = ratio
-    for fine in (-4, -3, -2, -1, 1, 2, 3, 4):
-        attempt(centre + 0.01 * fine)
-    return best
+    def best_of(values: torch.Tensor, ratios: list[torch.Tensor]) -> torch.Tensor:
+        alphas = [(largest * ratio).clamp(ALPHA_MIN, ALPHA_MAX) for ratio in ratios]
+        errors = [_squared_error(values, alpha, level_set, weights) for alpha in alphas]
+        return torch.stack(errors).argmin(0)
+
+    coarse = [1.0, 1.1, 1.05, *(0.95 - 0.05 * place for place in range(18))]
+    place = best_of(sample, [torch.full_like(largest, ratio) for ratio in coarse])
+    centre = torch.tensor(coarse, device=largest.device)[place]
+    fine = [0.0, *(0.01 * step for step in (-4, -3, -2, -1, 1, 2, 3, 4))]
+    place = best_of(rows, [centre + shift for shift in fine])
+    ratio = centre + torch.tensor(fine, device=largest.device)[place]
+    return (largest * ratio).clamp(ALPHA_MIN, ALPHA_MAX)
 
 
-#: Elements that the search for α works on at a time.
-_CHUNK = 2**22
+#: Elements that the search for α works on at a time: its passes stay in the cache.
+_CHUNK = 2**17
 
 
 @torch.no_grad()

@@ -74,7 +74,7 @@ def step_of(alpha: torch.Tensor, unit: int) -> torch.Tensor:
     return torch.div(alpha, alpha.new_full((), float(unit)))
 
 
-def _per_alpha(unit: int, alpha: torch.Tensor) -> torch.Tensor:
+def per_alpha(unit: int, alpha: torch.Tensor) -> torch.Tensor:
     """``fl(unit / α)`` by one IEEE division: ``number / tensor`` would round a reciprocal first."""
     return torch.div(alpha.new_full((), float(unit)), alpha)
 
@@ -104,7 +104,7 @@ def half_units(
     if levels.unit > TABLE_UNIT:
         dtype = torch.float64
     x = x.to(dtype)
-    scale = _per_alpha(2 * levels.unit, spread(alpha.to(dtype), x, axis, group_size))
+    scale = per_alpha(2 * levels.unit, spread(alpha.to(dtype), x, axis, group_size))
     t = (x * scale).ceil_().clamp_(2 * levels.q_min, 2 * levels.q_max)
     return t.nan_to_num_(nan=0.0)
 
@@ -244,5 +244,5 @@ def to_levels(
     """The integer level of a value on the grid, ``rint(x · fl(M/α))``, float32; exact to 2^15."""
     dtype = working_dtype(x)
     unit = LevelSet.parse(spec).unit
-    scale = _per_alpha(unit, spread(alpha.to(dtype), x, axis, group_size))
+    scale = per_alpha(unit, spread(alpha.to(dtype), x, axis, group_size))
     return _like((x.to(dtype) * scale).round_().to(torch.float32), x)
