@@ -24,6 +24,7 @@ check: .venv/.dev
 docs: .venv/.dev
 	$(BIN)/python -m pytest -q --doctest-modules apot_fx
 	$(BIN)/python -m pytest -q --doctest-glob='*.md' README.md docs
+	for script in examples/*.py; do $(BIN)/python $$script > /dev/null || exit 1; done
 
 bench: .venv/.dev
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done

@@ -127,6 +127,8 @@ class FakeQuantize(nn.Module):
         return self.level_set
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if self.training and self.state == FROZEN:  # calibrated while in train mode
+            self.state = LEARNING
         if self.observer_enabled:
             self._observe(x)
         if not self.quantizes:

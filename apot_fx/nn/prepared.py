@@ -45,7 +45,7 @@ class PreparedLayer(PreparedOp):
         assert isinstance(weight, torch.Tensor)
         fake_quant = FakeQuantize.for_weight(weight, spec, f"{name}.weight")
         prepared = cls.__new__(cls)
-        prepared.__dict__ = layer.__dict__
+        prepared.__dict__.update(layer.__dict__)
         prepared.weight_fake_quant = fake_quant.train(layer.training)
         return prepared
 

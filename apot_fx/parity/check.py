@@ -124,10 +124,11 @@ class _Comparison:
         except NodeFailure as problem:
             if stage is self.prepared:
                 raise CalibrationError(
-                    f"batch {number} does not run through prepared: {problem.node.name}: {problem}"
+                    f"batch {number} does not run through prepared: {problem.node.name}: "
+                    f"{problem.what}"
                 ) from problem.__cause__
             finding = self._finding(problem.node, info(problem.node))
-            finding.problem = f"fails with {problem}"
+            finding.problem = f"fails with {problem.what}"
             self.failed = True
         except CalibrationError as problem:
             raise CalibrationError(f"batch {number}: {problem}") from None

@@ -21,8 +21,10 @@ class NodeFailure(Exception):
 
     def __init__(self, node: fx.Node, problem: Exception) -> None:
         first_line = (str(problem).splitlines() or [""])[0]
-        super().__init__(f"{type(problem).__name__}: {first_line}")
+        super().__init__(first_line)
         self.node = node
+        # fx appends to the arguments of an exception that passes through it; this stays.
+        self.what = f"{type(problem).__name__}: {first_line}"
 
 
 class _Recorder(fx.Interpreter):
