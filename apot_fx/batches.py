@@ -73,7 +73,7 @@ def _required(batch: tuple[Any, ...], signature: inspect.Signature) -> tuple[Any
     if len(batch) > count and (str(signature), count) not in _said:
         _said.add((str(signature), count))
         names = ", ".join(p.name for p in parameters[:count])
-        warnings.warn(f"batch[{count}:] not passed: forward({names})", stacklevel=4)
+        warnings.warn(f"batch[{count}:] not passed: forward({names})", stacklevel=6)
     return batch[:count]
 
 

@@ -484,3 +484,49 @@ def test_load_refuses_missing_and_unknown_keys() -> None:
     with pytest.raises(StateError, match="shape"):
         converted.load_state_dict({**before, "left.s": torch.ones(3)})
     assert same(before, snapshot(converted))
+
+
+def test_nothing_in_converted_is_called_after_fake_quants() -> None:
+    model, batches = branches()
+    converted = apot_fx.convert_apot(calibrated(model, batches))
+    names = [f"{node.name} {node.target}" for node in converted.graph.nodes]
+    assert not any("activation_post_process" in name for name in names)
+
+
+def test_hooks_of_the_root_travel() -> None:
+    model, batches = mlp()
+    seen: list[int] = []
+    model.register_forward_hook(lambda module, args, out: seen.append(1))
+    prepared = calibrated(model, batches)
+    seen.clear()
+    prepared(batches[0])
+    assert seen == [1]
+
+
+def test_weight_only_needs_no_data() -> None:
+    model, batches = mlp()
+    prepared = apot_fx.prepare_apot(model, "w4")
+    converted = apot_fx.convert_apot(prepared)
+    assert apot_fx.check_parity(prepared, converted, batches).ok
+    conv, images = branches()
+    mapping = apot_fx.QConfigMapping.from_preset("w4").set_object_type(nn.Conv2d, "w4")
+    prepared = apot_fx.prepare_apot(conv, mapping)
+    verdict = apot_fx.check_parity(prepared, apot_fx.convert_apot(prepared), images)
+    assert verdict.ok and len(verdict.train_form) == 4
+
+
+def test_traced_models_prepare_too() -> None:
+    model, batches = branches()
+    traced = fx.symbolic_trace(model)
+    prepared = calibrated(traced, batches)
+    assert torch.equal(prepared(batches[0]), calibrated(model, batches)(batches[0]))
+
+
+def test_calibrated_in_train_mode_learns() -> None:
+    model, batches = mlp()
+    prepared = apot_fx.prepare_apot(model.train())
+    apot_fx.calibrate(prepared, batches)
+    quant = prepared.activation_post_process_0
+    assert prepared.training and quant.state == "frozen"
+    prepared(batches[0]).sum().backward()
+    assert quant.state == "learning" and quant.alpha.grad is not None

@@ -14,60 +14,18 @@ from .index_ops import is_torch_call
 
 #: Always a view of their first argument.
 VIEWS = frozenset(
-    [
-        "view",
-        "permute",
-        "transpose",
-        "swapaxes",
-        "swapdims",
-        "movedim",
-        "moveaxis",
-        "t",
-        "adjoint",
-        "squeeze",
-        "unsqueeze",
-        "narrow",
-        "select",
-        "expand",
-        "expand_as",
-        "broadcast_to",
-        "chunk",
-        "split",
-        "tensor_split",
-        "unbind",
-        "diagonal",
-        "detach",
-        "view_as",
-        "unflatten",
-        "T",
-        "mT",
-        "getitem",
-    ]
+    (
+        "view permute transpose swapaxes swapdims movedim moveaxis t adjoint squeeze unsqueeze "
+        "narrow select expand expand_as broadcast_to chunk split tensor_split unbind diagonal "
+        "detach view_as unflatten T mT getitem"
+    ).split()
 )
 #: A view or a copy, depending on strides, dtype or mode.
 PERHAPS = frozenset(
-    [
-        "reshape",
-        "reshape_as",
-        "flatten",
-        "ravel",
-        "contiguous",
-        "to",
-        "type",
-        "type_as",
-        "float",
-        "double",
-        "half",
-        "bfloat16",
-        "cpu",
-        "data",
-        "dropout",
-        "dropout1d",
-        "dropout2d",
-        "dropout3d",
-        "alpha_dropout",
-        "feature_alpha_dropout",
-    ]
+    (
+        "reshape reshape_as flatten ravel contiguous to type type_as float double half bfloat16 "
+        "cpu data dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout"
+    ).split()
 )
 _PERHAPS_MODULES = (
     nn.Flatten,

@@ -32,7 +32,7 @@ from ..nn import (
     ThroughFloat,
 )
 from .base import Pass, PassReport
-from .grammar import is_converted, is_hoisted
+from .grammar import is_converted, is_hoisted, is_prepared
 from .index_ops import DROPOUT_MODULES, FLOAT_ONLY, bounds, index_op
 from .insert import ACTIVATION
 from .stage import NodeInfo, StageModule, info, set_info
@@ -44,6 +44,8 @@ class DropDropout(Pass):
     """A converted model only evaluates: dropout modules are identities and go."""
 
     name = "drop_dropout"
+    requires = (is_hoisted,)
+    ensures = (is_prepared,)
 
     def run(self, stage: StageModule, report: PassReport) -> None:
         for node in list(stage.graph.nodes):
@@ -71,12 +73,21 @@ class ConvertActivations(Pass):
             quantizer = _quantizer(stage, grid)
             set_info(node, quantizer=quantizer)
             if isinstance(called_module(stage, node), FakeQuantize):
-                node.target = quantizer
-                report.change(node, f"{grid} became {quantizer}")
+                _replace_call(node, quantizer)
+                report.change(quantizer, f"made of {grid}")
             else:
                 module = stage.get_submodule(quantizer)
                 assert isinstance(module, Quantize)
                 _on_indices(stage, node, module.level_set, report)
+
+
+def _replace_call(node: fx.Node, target: str) -> None:
+    """Call another module in a node's place; a new node, so that its name fits."""
+    with node.graph.inserting_before(node):
+        call = node.graph.call_module(target, node.args)
+    call.meta = dict(node.meta)
+    node.replace_all_uses_with(call)
+    node.graph.erase_node(node)
 
 
 def _quantizer(stage: StageModule, fake_quant: str) -> str:

@@ -12,6 +12,7 @@ from ..nn import can_fold
 from ..nn.fold import BATCH_NORMS
 from .annotate import plan_of
 from .base import Pass, PassReport
+from .functionalize import is_functional
 from .stage import StageModule, info, set_info
 
 
@@ -23,6 +24,7 @@ class FoldBatchNorm(Pass):
     """
 
     name = "fold"
+    requires = (is_functional,)
 
     def run(self, stage: StageModule, report: PassReport) -> None:
         calls: dict[int, int] = {}

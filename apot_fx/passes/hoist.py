@@ -14,7 +14,7 @@ from torch import fx
 from ..fake_quant import FakeQuantize
 from ..graph import called_module, prune, reads_metadata, replace_argument
 from .base import Pass, PassReport
-from .grammar import is_hoisted
+from .grammar import is_hoisted, is_prepared
 from .index_ops import IndexOp, bounds, index_op
 from .insert import insert_call
 from .stage import StageModule, info, next_id, set_info
@@ -31,6 +31,7 @@ class Hoist(Pass):
     """
 
     name = "hoist"
+    requires = (is_prepared,)
     ensures = (is_hoisted,)
 
     def run(self, stage: StageModule, report: PassReport) -> None:

@@ -19,45 +19,12 @@ from ..nn import ConvertedOp
 
 #: Ops that move values about; the same call runs on an index tensor.
 MOVES = frozenset(
-    [
-        "reshape",
-        "view",
-        "flatten",
-        "unflatten",
-        "permute",
-        "transpose",
-        "swapaxes",
-        "swapdims",
-        "movedim",
-        "moveaxis",
-        "t",
-        "adjoint",
-        "squeeze",
-        "unsqueeze",
-        "contiguous",
-        "clone",
-        "expand",
-        "flip",
-        "fliplr",
-        "flipud",
-        "narrow",
-        "select",
-        "index_select",
-        "chunk",
-        "split",
-        "tensor_split",
-        "unbind",
-        "getitem",
-        "roll",
-        "rot90",
-        "repeat",
-        "tile",
-        "broadcast_to",
-        "ravel",
-        "pixel_shuffle",
-        "pixel_unshuffle",
-        "channel_shuffle",
-    ]
+    (
+        "reshape view flatten unflatten permute transpose swapaxes swapdims movedim moveaxis t "
+        "adjoint squeeze unsqueeze contiguous clone expand flip fliplr flipud narrow select "
+        "index_select chunk split tensor_split unbind getitem roll rot90 repeat tile broadcast_to "
+        "ravel pixel_shuffle pixel_unshuffle channel_shuffle"
+    ).split()
 )
 MOVE_MODULES = (
     nn.Flatten,
@@ -200,65 +167,14 @@ def _indexes_tensor(stage: nn.Module, node: fx.Node) -> bool:
 
 #: Calls known to give one tensor; a getitem of anything else may pick from a tuple.
 _ONE_TENSOR = frozenset(
-    [
-        "relu",
-        "relu6",
-        "hardtanh",
-        "clamp",
-        "clip",
-        "clamp_min",
-        "clamp_max",
-        "sigmoid",
-        "hardsigmoid",
-        "softmax",
-        "softplus",
-        "abs",
-        "square",
-        "exp",
-        "add",
-        "sub",
-        "mul",
-        "div",
-        "truediv",
-        "neg",
-        "pow",
-        "mean",
-        "sum",
-        "sqrt",
-        "rsqrt",
-        "gelu",
-        "silu",
-        "tanh",
-        "elu",
-        "leaky_relu",
-        "hardswish",
-        "mish",
-        "log_softmax",
-        "linear",
-        "conv1d",
-        "conv2d",
-        "conv3d",
-        "matmul",
-        "bmm",
-        "einsum",
-        "batch_norm",
-        "layer_norm",
-        "group_norm",
-        "instance_norm",
-        "dropout",
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "adaptive_avg_pool3d",
-        "interpolate",
-        "pad",
-        "getitem",
-        "iadd",
-        "isub",
-        "imul",
-    ]
+    (
+        "relu relu6 hardtanh clamp clip clamp_min clamp_max sigmoid hardsigmoid softmax softplus "
+        "abs square exp add sub mul div truediv neg pow mean sum sqrt rsqrt gelu silu tanh elu "
+        "leaky_relu hardswish mish log_softmax linear conv1d conv2d conv3d matmul bmm einsum "
+        "batch_norm layer_norm group_norm instance_norm dropout avg_pool1d avg_pool2d avg_pool3d "
+        "adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d interpolate pad getitem iadd "
+        "isub imul"
+    ).split()
 )
 _MANY_TENSORS = (
     nn.RNNBase,
@@ -324,42 +240,16 @@ def _numbers(low: Any, high: Any) -> tuple[float, float] | None:
 
 #: Calls whose result is never negative, and those that keep non-negative values so.
 _NON_NEGATIVE = frozenset(
-    [
-        "relu",
-        "relu6",
-        "sigmoid",
-        "hardsigmoid",
-        "softmax",
-        "softplus",
-        "abs",
-        "square",
-        "exp",
-        "ReLU",
-        "ReLU6",
-        "Sigmoid",
-        "Hardsigmoid",
-        "Softmax",
-        "Softmax2d",
-        "Softplus",
-    ]
+    (
+        "relu relu6 sigmoid hardsigmoid softmax softplus abs square exp ReLU ReLU6 Sigmoid "
+        "Hardsigmoid Softmax Softmax2d Softplus"
+    ).split()
 )
 _KEEPS_SIGN = frozenset(
-    [
-        "avg_pool1d",
-        "avg_pool2d",
-        "avg_pool3d",
-        "adaptive_avg_pool1d",
-        "adaptive_avg_pool2d",
-        "mean",
-        "add",
-        "mul",
-        "AvgPool1d",
-        "AvgPool2d",
-        "AvgPool3d",
-        "AdaptiveAvgPool1d",
-        "AdaptiveAvgPool2d",
-        "AdaptiveAvgPool3d",
-    ]
+    (
+        "avg_pool1d avg_pool2d avg_pool3d adaptive_avg_pool1d adaptive_avg_pool2d mean add mul "
+        "AvgPool1d AvgPool2d AvgPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d"
+    ).split()
 )
 
 

@@ -10,6 +10,7 @@ from ..graph import called_module, module_aliases, replace_argument, set_submodu
 from ..nn import PREPARED, PreparedLayer
 from .annotate import plan_of
 from .base import Pass, PassReport
+from .grammar import is_prepared
 from .share import GROUP, UNSIGNED
 from .stage import NodeInfo, StageModule, info, inputs_of, next_id, set_info
 
@@ -25,6 +26,7 @@ class Insert(Pass):
     """
 
     name = "insert"
+    ensures = (is_prepared,)
 
     def run(self, stage: StageModule, report: PassReport) -> None:
         aliases = module_aliases(stage)

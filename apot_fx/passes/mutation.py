@@ -29,9 +29,7 @@ AUGMENTED: dict[Any, Callable[..., Any]] = {
     operator.irshift: operator.rshift,
 }
 _WHOLE = ("copy_", "fill_")  # write_view with the value itself
-_SHAPES = frozenset(
-    ["unsqueeze_", "squeeze_", "t_", "transpose_", "swapaxes_", "swapdims_", "resize_", "set_"]
-)
+_SHAPES = frozenset("unsqueeze_ squeeze_ t_ transpose_ swapaxes_ swapdims_ resize_ set_".split())
 _NOT_DATA = frozenset(("requires_grad_", "retain_grad_", "share_memory_", "detach_"))
 
 

@@ -14,6 +14,7 @@ from ..graph import argument, called_module, called_name, free_name, value_kind
 from ..nn import Pool, PreparedAdd, PreparedOp, PreparedPool
 from .annotate import PLAN, LayerPlan
 from .base import Pass, PassReport
+from .functionalize import is_functional
 from .index_ops import is_torch_call
 from .stage import StageModule, set_info
 
@@ -29,6 +30,7 @@ class QuantizeResiduals(Pass):
     mapping: QConfigMapping
 
     name = "residual"
+    requires = (is_functional,)
 
     def run(self, stage: StageModule, report: PassReport) -> None:
         chosen = self.mapping.global_config

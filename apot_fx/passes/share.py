@@ -11,6 +11,7 @@ from torch import fx
 from ..config import ActivationSpec
 from .annotate import plan_of
 from .base import Pass, PassReport
+from .functionalize import is_functional
 from .index_ops import index_op, is_non_negative
 from .stage import StageModule, inputs_of
 
@@ -26,6 +27,7 @@ class Share(Pass):
     """Number the fake-quants and write each quantized call's number on it."""
 
     name = "share"
+    requires = (is_functional,)
 
     def run(self, stage: StageModule, report: PassReport) -> None:
         groups = _Groups()

@@ -83,6 +83,10 @@ def next_id(graph: fx.Graph) -> int:
     return max((number for number in used if number is not None), default=-1) + 1
 
 
+#: Ends of the names under which nn.Module keeps hooks: the user's travel along.
+_HOOKS = ("_hooks", "_hooks_with_kwargs", "_hooks_always_called")
+
+
 class StageModule(fx.GraphModule):
     """A traced, prepared or converted model.
 
@@ -98,7 +102,8 @@ class StageModule(fx.GraphModule):
             getattr(self, registry).update(getattr(root, registry))
         self._non_persistent_buffers_set.update(root._non_persistent_buffers_set)
         taken = set(self.__dict__) | set(dir(fx.GraphModule))
-        self.__dict__.update({k: v for k, v in root.__dict__.items() if k not in taken})
+        plain = {k: v for k, v in root.__dict__.items() if k not in taken or k.endswith(_HOOKS)}
+        self.__dict__.update(plain)
         self.training = root.training
         self.apot = StageInfo(kind, type(root))
 
