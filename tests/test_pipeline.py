@@ -530,3 +530,13 @@ def test_calibrated_in_train_mode_learns() -> None:
     assert prepared.training and quant.state == "frozen"
     prepared(batches[0]).sum().backward()
     assert quant.state == "learning" and quant.alpha.grad is not None
+
+
+def test_a_class_inside_a_function_can_be_saved() -> None:
+    class Local(nn.Sequential):
+        pass
+
+    model, x = Local(nn.Linear(3, 3), nn.ReLU()), torch.randn(2, 3)
+    converted = apot_fx.convert_apot(calibrated(model, [x]))
+    other = pickle.loads(pickle.dumps(converted))
+    assert torch.equal(other(x), converted(x))

@@ -17,9 +17,9 @@ convert_activations    fake-quants become quantizers, index ops take their index
 convert_layers         layers run on packed weights and re-quantize for their readers
 =====================  ==========================================================================
 
-``base`` holds the contract of a pass, ``stage`` the GraphModule they work on, ``index_ops`` what
-may be moved over what, ``grammar`` the invariants. A pass imports these and, where it reads what
-an earlier pass wrote, that pass's keys.
+``base`` holds the contract of a pass, ``report`` what it tells, ``stage`` the GraphModule it works
+on, ``index_ops`` what may be moved over what, ``grammar`` the invariants. A pass imports these and,
+where it reads what an earlier pass wrote, that pass's keys.
 """
 
 from __future__ import annotations

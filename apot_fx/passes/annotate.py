@@ -10,8 +10,9 @@ from torch import fx, nn
 from ..config import ActivationSpec, QConfig, QConfigMapping, WeightSpec
 from ..graph import called_module, value_kind
 from ..nn import PREPARED
-from .base import Pass, PassReport
+from .base import Pass
 from .functionalize import is_functional
+from .report import PassReport
 from .stage import StageModule, set_info
 
 PLAN = "apot_plan"

@@ -7,38 +7,14 @@ by :func:`run_passes` before and after, so a broken graph is found at the pass t
 from __future__ import annotations
 
 import abc
-import dataclasses
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import ClassVar
 
-if TYPE_CHECKING:
-    from .stage import StageModule
+from .report import PassReport
+from .stage import StageModule
 
 #: Raises GrammarError (naming the node) where a stage breaks it.
-Invariant = Callable[[Any], None]
-
-
-@dataclasses.dataclass(frozen=True)
-class Note:
-    """One thing a pass changed or left: ``where`` is a node or layer name."""
-
-    where: str
-    what: str
-
-
-@dataclasses.dataclass
-class PassReport:
-    """What one pass changed, and what it left as it was and why."""
-
-    name: str
-    changed: list[Note] = dataclasses.field(default_factory=list)
-    left: list[Note] = dataclasses.field(default_factory=list)
-
-    def change(self, where: object, what: str) -> None:
-        self.changed.append(Note(str(where), what))
-
-    def leave(self, where: object, why: str) -> None:
-        self.left.append(Note(str(where), why))
+Invariant = Callable[[StageModule], None]
 
 
 class Pass(abc.ABC):

@@ -31,10 +31,11 @@ from ..nn import (
     Quantize,
     ThroughFloat,
 )
-from .base import Pass, PassReport
+from .base import Pass
 from .grammar import is_converted, is_hoisted, is_prepared
 from .index_ops import DROPOUT_MODULES, FLOAT_ONLY, bounds, index_op
 from .insert import ACTIVATION
+from .report import PassReport
 from .stage import NodeInfo, StageModule, info, set_info
 
 QUANTIZE = "quantize_"

@@ -11,8 +11,9 @@ from ..graph import called_module, describe_call
 from ..nn import can_fold
 from ..nn.fold import BATCH_NORMS
 from .annotate import plan_of
-from .base import Pass, PassReport
+from .base import Pass
 from .functionalize import is_functional
+from .report import PassReport
 from .stage import StageModule, info, set_info
 
 

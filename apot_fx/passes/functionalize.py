@@ -15,8 +15,9 @@ from torch import fx
 
 from ..errors import GrammarError
 from .aliasing import Aliases, view_step, write_view
-from .base import Pass, PassReport
+from .base import Pass
 from .mutation import AUGMENTED, mutated, why_in_place, write_out_of_place
+from .report import PassReport
 from .stage import StageModule, info, next_id, set_info
 
 

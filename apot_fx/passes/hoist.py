@@ -13,10 +13,11 @@ from torch import fx
 
 from ..fake_quant import FakeQuantize
 from ..graph import called_module, prune, reads_metadata, replace_argument
-from .base import Pass, PassReport
+from .base import Pass
 from .grammar import is_hoisted, is_prepared
 from .index_ops import IndexOp, bounds, index_op
 from .insert import insert_call
+from .report import PassReport
 from .stage import StageModule, info, next_id, set_info
 
 Clamps = tuple[fx.Node, ...]  # in the order in which they are applied

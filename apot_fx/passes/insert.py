@@ -9,8 +9,9 @@ from ..fake_quant import FakeQuantize
 from ..graph import called_module, module_aliases, replace_argument, set_submodule
 from ..nn import PREPARED, PreparedLayer
 from .annotate import plan_of
-from .base import Pass, PassReport
+from .base import Pass
 from .grammar import is_prepared
+from .report import PassReport
 from .share import GROUP, UNSIGNED
 from .stage import NodeInfo, StageModule, info, inputs_of, next_id, set_info
 

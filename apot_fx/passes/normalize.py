@@ -14,8 +14,9 @@ import torch.nn.functional as functional
 from torch import fx, nn
 
 from ..graph import free_name, set_submodule
-from .base import Pass, PassReport
+from .base import Pass
 from .functionalize import is_functional
+from .report import PassReport
 from .stage import StageModule
 from .trace import TRAINING_OF
 

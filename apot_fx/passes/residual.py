@@ -13,9 +13,10 @@ from ..config import ActivationSpec, QConfigMapping
 from ..graph import argument, called_module, called_name, free_name, value_kind
 from ..nn import Pool, PreparedAdd, PreparedOp, PreparedPool
 from .annotate import PLAN, LayerPlan
-from .base import Pass, PassReport
+from .base import Pass
 from .functionalize import is_functional
 from .index_ops import is_torch_call
+from .report import PassReport
 from .stage import StageModule, set_info
 
 

@@ -10,9 +10,10 @@ from torch import fx
 
 from ..config import ActivationSpec
 from .annotate import plan_of
-from .base import Pass, PassReport
+from .base import Pass
 from .functionalize import is_functional
 from .index_ops import index_op, is_non_negative
+from .report import PassReport
 from .stage import StageModule, inputs_of
 
 #: ``node.meta`` key of a layer's call: number of its fake-quant.

@@ -22,7 +22,7 @@ from torch import fx, nn
 
 from ..errors import StateError, TensorError, did_you_mean
 from ..fake_quant import FakeQuantize
-from .base import PassReport
+from .report import PassReport
 
 META = "apot"
 
@@ -128,7 +128,9 @@ class StageModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {k: v for k, v in self.__dict__.items() if k not in _REBUILT}
-        state["apot"] = dataclasses.replace(self.apot, forward=None)
+        state["apot"] = dataclasses.replace(
+            self.apot, forward=None, origin=_importable(self.apot.origin)
+        )
         return _rebuild, (_dump_graph(self.graph), state)
 
     def load_state_dict(  # type: ignore[override]
@@ -207,6 +209,11 @@ def _rebuild(graph: bytes, state: dict[str, Any]) -> StageModule:
     stage.__dict__.update(state)
     stage.graph = pickle.loads(graph)
     return stage
+
+
+def _importable(origin: type[nn.Module]) -> type[nn.Module]:
+    """The user's class, or nn.Module for one defined inside a function, which pickle can't name."""
+    return nn.Module if "<locals>" in origin.__qualname__ else origin
 
 
 def _dump_graph(graph: fx.Graph) -> bytes:

@@ -19,10 +19,10 @@ from torch import fx, nn
 
 from ..errors import TraceError
 from ..fake_quant import FakeQuantize
-from ..graph import user_line
+from ..graph import argument, called_name, user_line
 from ..nn import ConvertedOp, PreparedOp, Quantize, ThroughFloat
-from .base import PassReport
 from .mutation import AUGMENTED
+from .report import PassReport
 from .stage import NodeInfo, StageModule, set_info
 
 #: ``node.meta`` key: which module's training flag the call follows.
@@ -90,6 +90,16 @@ class ApotTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return ApotProxy(node, self)
+
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        """Let ``for part in x.chunk(2)`` run: the call says how many parts there are."""
+        node = obj.node
+        parts = argument(node, 1, "chunks" if called_name(node) == "chunk" else "split_size")
+        if called_name(node) == "chunk" and isinstance(parts, int):
+            return iter([obj[place] for place in range(parts)])
+        if called_name(node) in ("split", "split_with_sizes") and isinstance(parts, (list, tuple)):
+            return iter([obj[place] for place in range(len(parts))])
+        return super().iter(obj)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (

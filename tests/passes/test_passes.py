@@ -110,6 +110,18 @@ def test_options_are_fixed_and_guarded() -> None:
         trace(model, example_inputs={"y": x})
 
 
+def test_iterating_over_parts() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        parts = [part.relu() for part in x.chunk(2, 1)]
+        first, second = parts
+        third = [part * 1 for part in x.split([1, 3], 1)]
+        return self.c(torch.cat([second, first, *third], 1))
+
+    stage = prepared(forward)
+    x = torch.randn(2, 4, 6, 6)
+    assert apot_fx.check_parity(stage, apot_fx.convert_apot(stage), [x]).ok
+
+
 # normalise
 
 
