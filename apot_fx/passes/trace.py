@@ -93,13 +93,19 @@ class ApotTracer(fx.Tracer):
 
     def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
         """Let ``for part in x.chunk(2)`` run: the call says how many parts there are."""
-        node = obj.node
-        parts = argument(node, 1, "chunks" if called_name(node) == "chunk" else "split_size")
-        if called_name(node) == "chunk" and isinstance(parts, int):
-            return iter([obj[place] for place in range(parts)])
-        if called_name(node) in ("split", "split_with_sizes") and isinstance(parts, (list, tuple)):
-            return iter([obj[place] for place in range(len(parts))])
-        return super().iter(obj)
+        parts, count = obj.node, 0
+        if called_name(parts) == "chunk":
+            asked = argument(parts, 1, "chunks")
+            count = asked if isinstance(asked, int) else 0
+        elif called_name(parts) in ("split", "split_with_sizes"):
+            asked = argument(parts, 1, "split_size")
+            count = len(asked) if isinstance(asked, (list, tuple)) else 0
+        if not count:
+            return super().iter(obj)
+        places = [(obj, place) for place in range(count)]
+        return iter(
+            [self.create_proxy("call_function", operator.getitem, pair, {}) for pair in places]
+        )
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return (
