@@ -540,3 +540,16 @@ def test_a_class_inside_a_function_can_be_saved() -> None:
     converted = apot_fx.convert_apot(calibrated(model, [x]))
     other = pickle.loads(pickle.dumps(converted))
     assert torch.equal(other(x), converted(x))
+
+
+def test_constants_of_the_trace_are_no_keys() -> None:
+    class Constant(Mlp):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return super().forward(x * torch.tensor(2.0))
+
+    model, x = seeded(Constant, (12,)), torch.randn(3, 12)
+    prepared = calibrated(model, [x])
+    prepared.load_state_dict(model.state_dict(), strict=True)
+    converted = copy.deepcopy(apot_fx.convert_apot(prepared))
+    assert torch.equal(converted(x), prepared(x))
+    assert not any("constant" in key for key in converted.state_dict())

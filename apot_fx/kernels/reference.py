@@ -83,16 +83,15 @@ def reduce_to_alpha(
     values: torch.Tensor, alpha: torch.Tensor, axis: int | None, group_size: int | None
 ) -> torch.Tensor:
     """Sum per α, in float64; the counterpart of :func:`spread`."""
-    values = values.double()
     if axis is None:
-        total = values.sum()
+        total = values.sum(dtype=torch.float64)
     else:
         rows = values.movedim(axis, 0).flatten(1) if values.dim() > 1 else values.unsqueeze(1)
         if group_size is None:
-            total = rows.sum(1)
+            total = rows.sum(1, dtype=torch.float64)
         else:
             rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group_size))
-            total = rows.unflatten(1, (-1, group_size)).sum(2)
+            total = rows.unflatten(1, (-1, group_size)).sum(2, dtype=torch.float64)
     return total.reshape(alpha.shape).to(alpha.dtype)
 
 
@@ -227,8 +226,8 @@ def fake_quantize_backward(
     else:
         place = (place - 2 * levels.q_min).to(torch.int32)
         q = look_up(half_unit_levels(spec, x.device, dtype), place, x)
-    share = q / levels.unit - torch.where(inside, wide / clip, 0.0)
-    share = torch.where(wide.isnan(), 0.0, share * grad.to(dtype))
+    share = (q / levels.unit).sub_((wide / clip).mul_(inside).nan_to_num_(nan=0.0))
+    share = share.mul_(grad.to(dtype))
     dalpha = reduce_to_alpha(share, alpha, axis, group_size)
     dalpha = torch.where(alpha < ALPHA_MIN, dalpha.clamp(max=0), dalpha)
     return dx, torch.where(alpha > ALPHA_MAX, dalpha.clamp(min=0), dalpha)

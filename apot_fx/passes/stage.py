@@ -100,7 +100,10 @@ class StageModule(fx.GraphModule):
         super().__init__(root, graph, class_name=type(root).__name__)
         for registry in ("_modules", "_parameters", "_buffers"):
             getattr(self, registry).update(getattr(root, registry))
-        self._non_persistent_buffers_set.update(root._non_persistent_buffers_set)
+        # Constants of the trace (``torch.tensor(…)`` in a forward) are no keys of the user's model.
+        self._non_persistent_buffers_set.update(
+            root._non_persistent_buffers_set, self._buffers.keys() - root._buffers.keys()
+        )
         taken = set(self.__dict__) | set(dir(fx.GraphModule))
         plain = {k: v for k, v in root.__dict__.items() if k not in taken or k.endswith(_HOOKS)}
         self.__dict__.update(plain)
