@@ -116,19 +116,32 @@ def replace_argument(node: fx.Node, old: fx.Node, new: Any) -> None:
     node.kwargs = fx.map_arg(node.kwargs, lambda arg: new if arg is old else arg)
 
 
-def prune(graph: fx.Graph) -> int:
-    """Erase calls nobody reads and return how many; placeholders stay.
+def prune(owner: fx.GraphModule) -> list[str]:
+    """Erase calls without effect that nobody reads, and return their names; placeholders stay.
 
-    Random or mutating calls that nobody reads must be gone or functional already: fx itself would
-    keep ``dropout`` or ``assert`` alive by a list of names that knows nothing of our modules.
+    fx's own dead code elimination goes by a list of names that knows nothing of our modules.
     """
-    erased = 0
-    for node in reversed(list(graph.nodes)):
-        if node.op in ("placeholder", "output") or node.users or node.meta.get("keep"):
+    erased: list[str] = []
+    for node in reversed(list(owner.graph.nodes)):
+        if node.users or node.meta.get("keep") or not _is_pure(owner, node):
             continue
-        graph.erase_node(node)
-        erased += 1
+        erased.append(node.name)
+        owner.graph.erase_node(node)
     return erased
+
+
+def _is_pure(owner: nn.Module, node: fx.Node) -> bool:
+    """Whether a call only computes: torch's and our own do, a user's may log or count."""
+    module = called_module(owner, node)
+    if module is not None:
+        return type(module).__module__.startswith(("torch.nn.modules.", "apot_fx."))
+    if node.op == "call_method":
+        return not str(node.target).endswith("_")
+    if node.op != "call_function":
+        return node.op == "get_attr"
+    home = getattr(node.target, "__module__", None) or type(node.target).__module__
+    known = home.split(".")[0] in ("torch", "_operator", "builtins", "math", "apot_fx")
+    return known and "assert" not in called_name(node) and node.target is not operator.setitem
 
 
 def user_line(node: fx.Node) -> str:

@@ -271,7 +271,7 @@ def _results(node: fx.Node, count: int) -> list[fx.Node]:
 
 def _remove_leftovers(stage: StageModule, norms: set[str]) -> None:
     """Drop dead nodes, fake-quants, and batch norms that now live in a layer's s and b."""
-    prune(stage.graph)
+    prune(stage)
     used = {str(node.target) for node in stage.graph.nodes if node.op == "call_module"}
     referenced = {id(stage.get_submodule(name)) for name in used}
     for name, module in list(stage.named_modules(remove_duplicate=False)):

@@ -14,6 +14,7 @@ from typing import Any
 from torch import fx
 
 from ..errors import GrammarError
+from ..graph import prune
 from .aliasing import Aliases, view_step, write_view
 from .base import Pass
 from .mutation import AUGMENTED, mutated, why_in_place, write_out_of_place
@@ -35,6 +36,11 @@ class Functionalize(Pass):
     ensures = (is_functional,)
 
     def run(self, stage: StageModule, report: PassReport) -> None:
+        self._rewrite(stage, report)
+        for name in prune(stage):
+            report.change(name, "erased: nobody reads its result")
+
+    def _rewrite(self, stage: StageModule, report: PassReport) -> None:
         graph = stage.graph
         writes = {n: t for n in graph.nodes if (t := mutated(stage, n)) is not None}
         for node in graph.nodes:  # counters and sizes: `+=` of a number writes nothing

@@ -52,7 +52,7 @@ class Hoist(Pass):
             call.replace_all_uses_with(moved)
             stage.graph.erase_node(call)
         _read_metadata_from_quantized(stage, twins)
-        prune(stage.graph)
+        prune(stage)
 
 
 class _Mover:

@@ -122,6 +122,33 @@ def test_iterating_over_parts() -> None:
     assert apot_fx.check_parity(stage, apot_fx.convert_apot(stage), [x]).ok
 
 
+LOG: list[float] = []
+
+
+def note(x: torch.Tensor) -> None:
+    LOG.append(float(x.sum()))
+
+
+torch.fx.wrap("note")
+
+
+def test_dead_code_goes_but_users_effects_stay() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        self.a(x) + self.drop(x)  # nobody reads this
+        note(x)
+        return self.b(x)
+
+    config = QConfig(WeightSpec(4), ActivationSpec(4, residual=8))
+    stage = prepared(forward, config)
+    assert not hasattr(stage.a, "weight_fake_quant") and hasattr(stage.b, "weight_fake_quant")
+    LOG.clear()
+    x = torch.randn(2, 4, 6, 6)
+    converted = apot_fx.convert_apot(stage)
+    converted(x)
+    assert len(LOG) == 1
+    assert apot_fx.check_parity(stage, converted, [x]).ok
+
+
 # normalise
 
 
