@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from ..graph import called_module, called_name, value_kind
-from .index_ops import is_torch_call
+from .index_ops import DROPOUT_MODULES, is_torch_call
 
 #: Always a view of their first argument.
 VIEWS = frozenset(
@@ -27,16 +27,7 @@ PERHAPS = frozenset(
         "cpu data dropout dropout1d dropout2d dropout3d alpha_dropout feature_alpha_dropout"
     ).split()
 )
-_PERHAPS_MODULES = (
-    nn.Flatten,
-    nn.Unflatten,
-    nn.Dropout,
-    nn.Dropout1d,
-    nn.Dropout2d,
-    nn.Dropout3d,
-    nn.AlphaDropout,
-    nn.FeatureAlphaDropout,
-)
+_PERHAPS_MODULES = (nn.Flatten, nn.Unflatten, *DROPOUT_MODULES)
 
 
 def source_of(node: fx.Node) -> fx.Node | None:

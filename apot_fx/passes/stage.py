@@ -13,13 +13,14 @@ import inspect
 import io
 import pickle
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as functional
 from torch import fx, nn
 
+from ..batches import Forward
 from ..errors import StateError, TensorError, did_you_mean
 from ..fake_quant import FakeQuantize
 from .report import PassReport
@@ -28,8 +29,6 @@ META = "apot"
 
 #: ``node.meta`` flags: never erase; may share memory with something written in place.
 KEPT_FLAGS = ("keep", "pinned")
-
-Forward = Callable[[nn.Module, Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)

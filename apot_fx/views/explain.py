@@ -26,7 +26,7 @@ def explain(stage: StageModule, node: str | None = None) -> Table:
         for call in stage.graph.nodes
         if call.op in ("call_module", "call_function", "call_method")
         and value_kind(call) != "other"
-        and not call.meta.get("keep")
+        and (info(call).reason or not call.meta.get("keep"))
     ]
     called = {row["name"] for row in rows}
     layers = dict(stage.named_modules())
@@ -61,7 +61,7 @@ def _row(stage: StageModule, call: fx.Node, reasons: dict[str, str]) -> dict[str
     if isinstance(module, Quantize):
         return _cells(name, "quantize", "index", inputs=str(module.level_set))
     if isinstance(module, PreparedLayer):
-        return _prepared_row(stage, call, module, reasons)
+        return _prepared_row(stage, call, module)
     if isinstance(module, ConvertedLayer):
         inputs = "float" if module.input_levels is None else str(module.input_levels)
         return _cells(name, module.kind, "integer", str(module.weight.level_set), inputs)
@@ -71,9 +71,7 @@ def _row(stage: StageModule, call: fx.Node, reasons: dict[str, str]) -> dict[str
     return _cells(name, op, "float", why=_why_float(stage, call, reasons))
 
 
-def _prepared_row(
-    stage: StageModule, call: fx.Node, layer: PreparedLayer, reasons: dict[str, str]
-) -> dict[str, object]:
+def _prepared_row(stage: StageModule, call: fx.Node, layer: PreparedLayer) -> dict[str, object]:
     grid, norm = (*call.args[1:], None, None)[:2]
     quant = stage.get_submodule(str(grid.target)) if isinstance(grid, fx.Node) else None
     inputs = quant.spec.describe() if isinstance(quant, FakeQuantize) else "float"

@@ -76,3 +76,18 @@ def test_tables_print_and_write() -> None:
     assert json.loads(table.to_json())["rows"] == table.rows
     found = list(csv.DictReader(io.StringIO(table.to_csv())))
     assert [row["name"] for row in found] == [row["name"] for row in table.rows]
+
+
+def test_what_stays_in_place_is_said() -> None:
+    class Counts(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 3)
+            self.register_buffer("count", torch.zeros(3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            self.count.add_(1)
+            return self.layer(x) + self.count
+
+    table = apot_fx.explain(apot_fx.prepare_apot(Counts()))
+    assert any("keeps its new value" in str(row["why"]) for row in table.rows)
