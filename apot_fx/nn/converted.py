@@ -72,7 +72,7 @@ class ConvertedLayer(ConvertedOp):
         if self.folds_batch_norm and not self.product.channels_meet_batch_norm(x):
             raise TensorError(
                 f"{self.kind} with batch norm folded in got {x.dim()}-d input, whose channels "
-                "batch norm would not see; normalise before the Linear or leave it in float"
+                "batch norm would not see; calibrate with such input before convert_apot"
             )
         size, weight = self.weight.group_size, self.weight.levels()
         if self.input_spec:

@@ -27,6 +27,8 @@ class PreparedLayer(PreparedOp):
     """
 
     float_type: ClassVar[type[nn.Module]]
+    #: Whether an input was seen whose channels batch norm does not normalise (3-d, for Linear).
+    norm_apart: bool = False
     weight_fake_quant: FakeQuantize
     if TYPE_CHECKING:  # the torch layer beside this mixin brings them
 
@@ -63,6 +65,8 @@ class PreparedLayer(PreparedOp):
         fake_quant: FakeQuantize | None = None,
         batch_norm: nn.Module | None = None,
     ) -> torch.Tensor:
+        if batch_norm is not None and not self.product.channels_meet_batch_norm(x):
+            self.norm_apart = True
         if self.training or not self._is_exact(fake_quant):
             return self._train_form(x, batch_norm)
         folded = batch_norm if self._folds(x, batch_norm) else None

@@ -184,6 +184,7 @@ class _Comparison:
                 user
                 for user in current.users
                 if user.target is operator.getitem
+                or info(user).layer == info(node).layer
                 or (info(user).quantizer and not _is(self.converted, user, ConvertedOp))
             )
         return False

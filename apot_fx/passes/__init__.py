@@ -11,7 +11,8 @@ fold                   a layer and the batch norm that alone reads it become one
 share                  which quantized edges use one fake-quant
 insert                 fake-quants on the edges, layers in their prepared form
 hoist                  fake-quants move up over index ops
-drop_dropout           (convert from here) dropout is an identity in eval
+split                  (convert from here) folds that the inputs' rank turned out to forbid
+drop_dropout           dropout is an identity in eval
 hoist                  once more: dropout may have stood in the way
 convert_activations    fake-quants become quantizers, index ops take their index form
 convert_layers         layers run on packed weights and re-quantize for their readers
@@ -28,7 +29,7 @@ from ..config import QConfigMapping
 from .annotate import Annotate
 from .base import Pass, run_passes
 from .convert import ConvertActivations, ConvertLayers, DropDropout
-from .fold import FoldBatchNorm
+from .fold import FoldBatchNorm, SplitBatchNorm
 from .functionalize import Functionalize
 from .hoist import Hoist
 from .insert import Insert
@@ -56,4 +57,10 @@ def prepare_passes(mapping: QConfigMapping) -> tuple[Pass, ...]:
 
 def convert_passes(low_memory: bool = False) -> tuple[Pass, ...]:
     """From a prepared stage in eval mode to a converted one."""
-    return DropDropout(), Hoist(), ConvertActivations(), ConvertLayers(low_memory)
+    return (
+        SplitBatchNorm(),
+        DropDropout(),
+        Hoist(),
+        ConvertActivations(),
+        ConvertLayers(low_memory),
+    )

@@ -8,13 +8,13 @@ from __future__ import annotations
 from torch import fx, nn
 
 from ..graph import called_module, describe_call
-from ..nn import can_fold
+from ..nn import PreparedLayer, can_fold
 from ..nn.fold import BATCH_NORMS
 from .annotate import plan_of
 from .base import Pass
 from .functionalize import is_functional
 from .report import PassReport
-from .stage import StageModule, info, set_info
+from .stage import StageModule, info, next_id, set_info
 
 
 class FoldBatchNorm(Pass):
@@ -46,6 +46,31 @@ class FoldBatchNorm(Pass):
                 continue
             _join(layer_node, node)
             report.change(layer_node.target, f"batch norm {node.target} folded into its call")
+
+
+class SplitBatchNorm(Pass):
+    """Part a fold again where a layer met inputs whose channels batch norm does not normalise.
+
+    A graph doesn't show ranks: that Linear's 3-d output has its channels last, and BatchNorm1d
+    normalises axis 1, is known once the model ran.
+    """
+
+    name = "split"
+
+    def run(self, stage: StageModule, report: PassReport) -> None:
+        for node in list(stage.graph.nodes):
+            layer = called_module(stage, node)
+            if not isinstance(layer, PreparedLayer) or not layer.norm_apart or len(node.args) < 3:
+                continue
+            norm = node.args[2]
+            assert isinstance(norm, fx.Node)
+            with stage.graph.inserting_after(node):
+                call = stage.graph.call_module(str(norm.target))
+            node.replace_all_uses_with(call)
+            call.args, node.args = (node,), node.args[:2]
+            set_info(call, info(node))
+            set_info(node, id=next_id(stage.graph))
+            report.change(node, f"batch norm {norm.target} computes apart from it")
 
 
 def _why_not(stage: StageModule, layer_node: fx.Node, node: fx.Node, calls: int) -> str:

@@ -227,6 +227,29 @@ def test_batch_norm_without_statistics_or_affine() -> None:
         assert bool(calls(apot_fx.convert_apot(stage), "1")) == ("track_running_stats" in options)
 
 
+def test_linear_and_batch_norm_on_other_axes() -> None:
+    """3-d input: Linear's channels are last, BatchNorm1d's on axis 1; only a run can tell."""
+
+    class Sequence(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 2)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.last(functional.relu(self.norm(self.first(x))))
+
+    model, flat, deep = seeded(Sequence, (6,)), torch.randn(4, 6), torch.randn(4, 5, 6)
+    for x in (flat, deep):
+        stage = calibrated(model, [x])
+        converted = apot_fx.convert_apot(stage)
+        assert apot_fx.check_parity(stage, converted, [x]).ok
+        assert bool(calls(converted, "norm")) == (x is deep)
+        stage.apply(apot_fx.disable_fake_quant)
+        assert torch.equal(stage(x), model(x))
+    with pytest.raises(apot_fx.ApotError, match="calibrate with such input"):
+        apot_fx.convert_apot(calibrated(model, [flat]))(deep)
+
+
 # share
 
 
