@@ -127,7 +127,7 @@ def _dequantize_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     one = torch.full_like(ctx.alpha, 1.0)
     shares = torch.ops.apot_fx.dequantize(index, one, ctx.level_set, ctx.axis, ctx.group_size)
     dalpha = reference.reduce_to_alpha(grad * shares, ctx.alpha, ctx.axis, ctx.group_size)
-    return None, dalpha, None, None, None
+    return None, dalpha.to(ctx.alpha.dtype), None, None, None
 
 
 torch.library.register_autograd(

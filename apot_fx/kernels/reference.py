@@ -82,7 +82,7 @@ def per_alpha(unit: int, alpha: torch.Tensor) -> torch.Tensor:
 def reduce_to_alpha(
     values: torch.Tensor, alpha: torch.Tensor, axis: int | None, group_size: int | None
 ) -> torch.Tensor:
-    """Sum per α, in float64; the counterpart of :func:`spread`."""
+    """Sum per α, float64 of α's shape; the counterpart of :func:`spread`."""
     if axis is None:
         total = values.sum(dtype=torch.float64)
     else:
@@ -92,7 +92,7 @@ def reduce_to_alpha(
         else:
             rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group_size))
             total = rows.unflatten(1, (-1, group_size)).sum(2, dtype=torch.float64)
-    return total.reshape(alpha.shape).to(alpha.dtype)
+    return total.reshape(alpha.shape)
 
 
 def half_units(
@@ -183,6 +183,11 @@ def fake_quantize(
     In the train form NaN stays and the result has x's dtype; with ``nan_to_zero`` (eval) NaN
     becomes zero and the result is float32 (float64 for float64).
     """
+    if axis is None and _in_parts(x):
+        out = torch.empty_like(x, dtype=working_dtype(x) if nan_to_zero else x.dtype)
+        for part, place in zip(_parts(x), _parts(out), strict=True):
+            place.copy_(fake_quantize(part, alpha, spec, None, None, grad, nan_to_zero))
+        return out
     unit = LevelSet.parse(spec).unit
     if unit > TABLE_UNIT:
         index = quantize(x, alpha, spec, axis, group_size)
@@ -212,6 +217,29 @@ def fake_quantize_backward(
 
     An α outside its limits only receives a gradient that leads it back.
     """
+    if axis is None and _in_parts(x) and grad.stride() == x.stride():
+        dx, total = torch.empty_like(x), torch.zeros_like(alpha, dtype=torch.float64)
+        for given, part, place in zip(_parts(grad), _parts(x), _parts(dx), strict=True):
+            found, share = _backward(given, part, alpha, spec, None, None, mode)
+            place.copy_(found)
+            total += share
+    else:
+        dx, total = _backward(grad, x, alpha, spec, axis, group_size, mode)
+    dalpha = total.to(alpha.dtype)
+    dalpha = torch.where(alpha < ALPHA_MIN, dalpha.clamp(max=0), dalpha)
+    return dx, torch.where(alpha > ALPHA_MAX, dalpha.clamp(min=0), dalpha)
+
+
+def _backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    alpha: torch.Tensor,
+    spec: str,
+    axis: int | None,
+    group_size: int | None,
+    mode: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient for x, and for α in float64 whatever its limits."""
     levels, dtype = LevelSet.parse(spec), working_dtype(x)
     wide, clip = x.to(dtype), spread(alpha.to(dtype), x, axis, group_size)
     step = step_of(clip, levels.unit)
@@ -219,18 +247,27 @@ def fake_quantize_backward(
     inside = ~above & (wide >= levels.q_min * step)
     dx = _like(torch.where(inside, grad.to(dtype), 0.0).to(x.dtype), x)
     if mode == "ste":
-        return dx, torch.zeros_like(alpha)
-    place = half_units(x, alpha, spec, axis, group_size)
+        return dx, torch.zeros_like(alpha, dtype=torch.float64)
     if levels.unit > TABLE_UNIT:
         q = to_level(quantize(x, alpha, spec, axis, group_size), spec, dtype)
     else:
-        place = (place - 2 * levels.q_min).to(torch.int32)
+        place = (half_units(x, alpha, spec, axis, group_size) - 2 * levels.q_min).to(torch.int32)
         q = look_up(half_unit_levels(spec, x.device, dtype), place, x)
     share = (q / levels.unit).sub_((wide / clip).mul_(inside).nan_to_num_(nan=0.0))
-    share = share.mul_(grad.to(dtype))
-    dalpha = reduce_to_alpha(share, alpha, axis, group_size)
-    dalpha = torch.where(alpha < ALPHA_MIN, dalpha.clamp(max=0), dalpha)
-    return dx, torch.where(alpha > ALPHA_MAX, dalpha.clamp(min=0), dalpha)
+    return dx, reduce_to_alpha(share.mul_(grad.to(dtype)), alpha, axis, group_size)
+
+
+#: Values per part: a chain of passes over so many stays in the cache, 3 times as fast.
+_PART = 2**18
+
+
+def _in_parts(x: torch.Tensor) -> bool:
+    return x.device.type == "cpu" and x.numel() > 2 * _PART and _is_dense(x)
+
+
+def _parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """A dense tensor's values in memory order, in 1-d parts."""
+    return x.as_strided((x.numel(),), (1,)).split(_PART)
 
 
 def to_levels(

@@ -259,3 +259,37 @@ def test_dequantize_learns_alpha() -> None:
     index = torch.tensor([[0, 6], [1, 3]], dtype=torch.uint8)
     apot_fx.dequantize(index, alpha, levels, 0).sum().backward()
     assert alpha.grad.tolist() == [0.0, -0.5]
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_large_tensors_are_worked_on_in_parts(last: bool) -> None:
+    """The same bits, strides and gradients as piece by piece."""
+    torch.manual_seed(0)
+    x, levels = torch.randn(2, 64, 72, 72), LevelSet.apot(4)
+    x[0, 0, 0, 0] = float("nan")
+    x = x.to(memory_format=torch.channels_last) if last else x
+    leaf, alpha = x.clone().requires_grad_(), torch.tensor(1.3, requires_grad=True)
+    weight = torch.randn_like(x)
+    y = apot_fx.fake_quantize(leaf, alpha, levels, grad="rcf")
+    (y.nan_to_num() * weight).sum().backward()
+    grad, total = torch.empty_like(x), 0.0
+    for row in range(2):
+        for channel in range(64):
+            part, clip = x[row, channel].clone().requires_grad_(), torch.tensor(1.3)
+            clip.requires_grad_()
+            z = apot_fx.fake_quantize(part, clip, levels, grad="rcf")
+            assert torch.equal(z.nan_to_num(), y[row, channel].nan_to_num())
+            (z.nan_to_num() * weight[row, channel]).sum().backward()
+            grad[row, channel] = part.grad
+            total += float(clip.grad)
+    assert y.stride() == x.stride() and torch.equal(leaf.grad, grad)
+    assert float(alpha.grad) == pytest.approx(total, rel=1e-4)
+
+
+def test_the_sum_over_parts_decides_for_an_alpha_outside() -> None:
+    x = torch.ones(2**20)
+    x[: 2**19] *= -1.0
+    clip = torch.tensor(2.0**-41, requires_grad=True)
+    weight = torch.where(x < 0, 1.0, 0.75)  # most parts alone would lead back, the sum too
+    (apot_fx.fake_quantize(x, clip, LevelSet.apot(4), grad="rcf") * weight).sum().backward()
+    assert float(clip.grad) == pytest.approx(2**19 * (0.75 - 1.0))
