@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import operator
 import re
 from collections.abc import Callable, Iterable
@@ -189,7 +190,10 @@ class LevelSet:
 
     @functools.cached_property
     def codes(self) -> tuple[int, ...]:
-        """The code of every index, the first where several codes mean one level.
+        """The code of every index, the lowest where several codes mean one level.
+
+        Levels sorted stably by value give that code too. PyTorch's own sort is not stable, and
+        which of several codes it puts first is an accident of its implementation.
 
         >>> LevelSet.apot(bits=4, signed=False, scheme="torch").codes
         (0, 3, 12, 15, 2, 14, 8, 11, 10, 1, 13, 9, 4, 7, 6, 5)
@@ -354,13 +358,19 @@ def _binary_digits(choice: int) -> list[tuple[int, int]]:
 # Checks ----------------------------------------------------------------------------------------
 
 
-def _check_count(name: str, value: object) -> int:
-    """Take an int of 1 or more; NumPy's and torch's integers too, but no bool."""
+def _as_integer(value: object) -> int | None:
+    """Take an int, also NumPy's or torch's; None for all else, and for bools of any kind."""
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")):
+        return None
     try:
-        count = 0 if isinstance(value, bool) else operator.index(value)  # type: ignore[arg-type]
+        return operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        count = 0
-    if count < 1:
+        return None
+
+
+def _check_count(name: str, value: object) -> int:
+    count = _as_integer(value)
+    if count is None or count < 1:
         raise LevelSetError(f"{name} must be an integer of 1 or more, not {value!r}")
     return count
 
@@ -390,32 +400,46 @@ def _check_split(bits: int, k: int, signed: bool, scheme: str) -> None:
     what = f"apot(bits={bits},k={k},signed={signed},scheme={scheme})"
     largest = _LARGEST_BITS[scheme, signed]
     sign_bits = int(signed and scheme == "paper")
-    if k in largest or bits > max(largest.values()):
-        _check_bits(what, bits, bool(sign_bits), largest.get(k, max(largest.values())))
+    if k in largest or bits <= sign_bits:
+        _check_bits(what, bits, bool(sign_bits), largest.get(k, bits))
     m = bits - sign_bits
     legal = [
-        str(other)
+        other
         for other, most in largest.items()
         if bits <= most and (m % other == 0 or (other == 2 and scheme == "paper"))
     ]
-    if str(k) not in legal:
-        sign = ", the sign's left out," if sign_bits else ""
-        raise LevelSetError(
-            f"{what}: {m} magnitude bits{sign} can't be split into terms of {k}; "
-            f"legal k for bits={bits}: {', '.join(legal)}"
-        )
+    if k in legal:
+        return
+    left_out = ", the sign's left out," if sign_bits else ""
+    reason = f"{m} magnitude bits{left_out} can't be split into terms of {k}"
+    if k not in largest:
+        reason = f"no bits are legal with k={k}, whose terms put the unit above 2^53"
+    remedy = f"legal k for bits={bits}: {', '.join(map(str, legal))}"
+    if not legal:
+        remedy = f"k is at most {max(largest)}, and bits at most {max(largest.values())}"
+    raise LevelSetError(f"{what}: {reason}; {remedy}")
 
 
 def _check_levels(integers: Iterable[int]) -> tuple[int, ...]:
     """User-given levels, sorted; refuse what makes no level set."""
-    try:
-        levels = sorted(operator.index(level) for level in integers)
-    except TypeError:
-        raise LevelSetError(f"levels must be integers, not {integers!r}") from None
-    if len(set(levels)) != len(levels) or 0 not in levels or len(levels) < 2:
+    if not isinstance(integers, Iterable):
+        raise LevelSetError(f"levels must be integers such as [-1, 0, 1], not {integers!r}")
+    levels: list[int] = []
+    for given in itertools.islice(integers, MAX_LEVELS + 1):  # an endless iterable ends too
+        level = _as_integer(given)
+        if level is None:
+            raise LevelSetError(f"levels must be integers, and {given!r} is none")
+        levels.append(level)
+    if len(levels) > MAX_LEVELS:
+        raise LevelSetError(f"more than {MAX_LEVELS:,} levels; give fewer")
+    levels.sort()
+    twice = [low for low, high in itertools.pairwise(levels) if low == high]
+    if twice:
+        raise LevelSetError(f"levels must be distinct; {twice[0]} is given more than once")
+    if 0 not in levels or len(levels) < 2:
         raise LevelSetError("levels must be distinct, with 0 and at least one other among them")
-    if len(levels) > MAX_LEVELS or max(-levels[0], levels[-1]) > MAX_UNIT:
-        raise LevelSetError(f"at most {MAX_LEVELS:,} levels within ±2^53 are possible")
+    if max(-levels[0], levels[-1]) > MAX_UNIT:
+        raise LevelSetError("levels must lie within ±2^53; divide them by a common factor")
     return tuple(levels)
 
 
@@ -425,11 +449,13 @@ def _parse(spec: str) -> LevelSet:
     if match is None or match[1] not in _FAMILIES:
         hint = did_you_mean(spec.partition("(")[0], _FAMILIES)
         raise LevelSetError(f"{spec!r} is no spec such as {_EXAMPLE!r}.{hint}")
-    fields = [field for field in match[2].split(",") if field]
+    fields = match[2].replace(" ", "").split(",") if match[2] else []
     try:
         if match[1] == "levels":
             return LevelSet(map(int, fields))
         options = dict(field.split("=") for field in fields)
+        if len(options) < len(fields):
+            raise ValueError("a field is given twice")
         return _FAMILIES[match[1]](**{key: _value(text) for key, text in options.items()})
     except (ValueError, TypeError) as problem:
         if isinstance(problem, LevelSetError):

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import itertools
+import pickle
+import time
 from fractions import Fraction
 
 import pytest
@@ -11,6 +15,7 @@ from hypothesis import strategies as st
 
 from apot_fx import LevelSet
 from apot_fx.errors import LevelSetError
+from apot_fx.levels import _LARGEST_BITS
 
 UNITS = {1: 1, 2: 4, 3: 10, 4: 48, 5: 100, 6: 448, 7: 904, 8: 3840}
 
@@ -108,6 +113,19 @@ def test_spec_is_identity(levels: LevelSet) -> None:
     (lambda: LevelSet([0, 0.5]), "integers"),
     (lambda: LevelSet([0, 2**53 + 1]), "2^53"),
     (lambda: LevelSet(range(2**15 + 1)), "32,768"),
+    (lambda: LevelSet([True, 0]), "True is none"),
+    (lambda: LevelSet([0, 1, 1]), "1 is given more than once"),
+    (lambda: LevelSet([]), "with 0"),
+    (lambda: LevelSet(5), "not 5"),
+    (lambda: LevelSet.apot(1, 7, True), "none is left"),
+    (lambda: LevelSet.apot(7, 6), "legal k for bits=7: 1, 2, 3"),
+    (lambda: LevelSet.apot(10**6, 6), "no bits are legal with k=6"),
+    (lambda: LevelSet.apot(12, 3, True, "torch"), "largest legal bits here is 9"),
+    (lambda: LevelSet.apot(5, 2, True, "torch"), "legal k for bits=5: 1, 5"),
+    (lambda: LevelSet.parse("apot(bits=3,bits=4)"), "given twice"),
+    (lambda: LevelSet.parse("levels(0,,1)"), "no spec"),
+    (lambda: LevelSet.parse("fp4(a=1)"), "no spec"),
+    (lambda: LevelSet.parse(3), "a spec is a string"),
     (lambda: LevelSet.parse("apt(bits=3)"), "Did you mean 'apot'"),
     (lambda: LevelSet.parse("apot(bitz=3)"), "no spec"),
 ])  # fmt: skip
@@ -123,3 +141,107 @@ def test_the_largest_bits_are_the_largest() -> None:
         assert levels.unit <= 2**53 and len(levels) <= 2**15
         with pytest.raises(LevelSetError):
             LevelSet.apot(most + k, k, signed)
+
+
+def torch_terms(bits: int, k: int, signed: bool) -> list[list[Fraction]]:
+    """The choices of every term in the order of PyTorch's experimental observer."""
+    n = bits // k
+    terms = [[Fraction(1, 2 ** (i + j * n)) for j in range(2**k - 1)] for i in range(n)]
+    if not signed:
+        return [[Fraction(0), *term] for term in terms]
+    return [sorted([Fraction(0), *term, *(-v for v in term)], reverse=True) for term in terms]
+
+
+TORCH = [
+    (bits, k, signed)
+    for k in range(1, 6)
+    for bits in range(k, 9, k)
+    for signed in (False, True)
+    if (2 ** (k + 1) - 1) ** (bits // k) < 10_000
+]
+
+
+@pytest.mark.parametrize(("bits", "k", "signed"), TORCH)
+def test_torch_scheme_codes_are_positions_in_the_product(bits: int, k: int, signed: bool) -> None:
+    sums = [sum(row) for row in itertools.product(*torch_terms(bits, k, signed))]
+    scale = max(value.denominator for value in sums)
+    integers = [int(value * scale) for value in sums]
+    levels = LevelSet.apot(bits, k, signed, "torch")
+    assert levels.levels == tuple(sorted(set(integers)))
+    assert [levels.levels[i] for i in levels.code_indices] == integers
+    assert levels.codes == tuple(integers.index(level) for level in levels.levels)
+    assert len(levels.code_indices) == (2 ** (k + 1) - 1 if signed else 2**k) ** (bits // k)
+    for index, level in enumerate(levels.levels):
+        assert sum(sign * 2**shift for sign, shift in levels.terms(index)) == level
+
+
+@pytest.mark.parametrize(("scheme", "signed"), sorted(_LARGEST_BITS))
+def test_every_entry_of_the_table_of_largest_bits(scheme: str, signed: bool) -> None:
+    """Count distinct sums with the limits out of the way: the entry fits, the next does not."""
+    row = _LARGEST_BITS[scheme, signed]
+    assert sorted(row) == [1, 2, 3, 4, 5]
+    for k, most in row.items():
+        sign_bit = int(signed and scheme == "paper")
+
+        def fits(m: int, k: int = k, sign_bit: int = sign_bit) -> bool:
+            terms = paper_terms(m, k) if scheme == "paper" else torch_terms(m, k, signed)
+            top = max(v.denominator for term in terms for v in term)
+            if sum(max(term) for term in terms) * top > 2**53:
+                return False
+            sums = {0}
+            for term in terms:
+                sums = {a + int(v * top) for a in sums for v in term}
+                if len(sums) > 2**15:
+                    return False
+            return len(sums) * (1 + sign_bit) - sign_bit <= 2**15
+
+        odd = k == 2 and scheme == "paper"
+        assert fits(most - sign_bit) and not fits(most - sign_bit + (1 if odd else k))
+    # k = 6: one term already reaches 2^(2^6 - 2)
+    assert 2 ** (2**6 - 2) > 2**53
+
+
+def test_exponents_are_the_papers() -> None:
+    levels = LevelSet.apot(4, 2, signed=True)
+    assert levels.terms(levels.zero_index) == levels.exponents(levels.zero_index) == ()
+    for index, level in enumerate(levels.levels):
+        total = sum(Fraction(1, 2**e) for e in levels.exponents(index))
+        assert total * 8 == abs(level)
+    fp4 = LevelSet.fp4()
+    assert fp4.terms(len(fp4) - 1) == ((1, 3), (1, 2)) and fp4.exponents(len(fp4) - 1) == (0, 1)
+    with pytest.raises(LevelSetError, match="indices 0 … 14"):
+        levels.terms(15)
+
+
+@pytest.mark.parametrize("levels", [
+    LevelSet.apot(), LevelSet.uniform(), LevelSet.pot(), LevelSet.fp4(), LevelSet([0, 1]),
+    LevelSet.apot(4, 2, True, "torch"), LevelSet([0, -3]),
+])  # fmt: skip
+def test_frozen_copied_and_shown(levels: LevelSet) -> None:
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        levels.spec = "fp4()"  # type: ignore[misc]
+    for copied in (pickle.loads(pickle.dumps(levels)), copy.deepcopy(levels)):
+        assert copied == levels and copied.levels == levels.levels
+    assert eval(repr(levels)) == levels
+    assert LevelSet.parse(levels.spec) is LevelSet.parse(levels.spec)
+    assert levels.signed == (levels.levels[0] < 0)
+    assert levels.unit == max(map(abs, levels.levels))
+
+
+def test_integers_of_other_libraries_and_spaces_in_a_spec() -> None:
+    import torch
+
+    assert LevelSet(torch.tensor([1, 0, -1])) == LevelSet([-1, 0, 1])
+    assert LevelSet.parse("apot(bits=3, k=2)") == LevelSet.apot(3)
+
+
+def test_refusals_are_quick() -> None:
+    start = time.perf_counter()
+    for refused in (
+        lambda: LevelSet.apot(10**6, 1),
+        lambda: LevelSet.apot(10**6, 10**6, signed=False),
+        lambda: LevelSet(itertools.count()),
+    ):
+        with pytest.raises(LevelSetError):
+            refused()
+    assert time.perf_counter() - start < 1
