@@ -7,6 +7,9 @@ from typing import Any
 
 from torch import fx, nn
 
+#: ``node.meta`` key: the kind of value seen while tracing, as :func:`value_kind` names it.
+KIND = "apot_kind"
+
 #: Calls that read a tensor's metadata, never its values.
 METADATA_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride"})
 METADATA_ATTRIBUTES = frozenset({"shape", "ndim", "device"})
@@ -52,6 +55,8 @@ def value_kind(node: fx.Node) -> str:
     Static and conservative: a value nothing is known about counts as a tensor, which is what
     placeholders and calls mostly give.
     """
+    if KIND in node.meta:
+        return str(node.meta[KIND])
     if node.op == "output":
         return "other"
     if reads_metadata(node) or (node.op == "call_method" and node.target in _SCALAR_METHODS):

@@ -1,0 +1,104 @@
+"""What is patched in torch while a forward is traced: tensor factories and state switches."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .proxy import holds_proxy, value_isinstance
+
+if TYPE_CHECKING:
+    from .trace import ApotTracer
+
+#: Calls of ``torch.`` that refuse traced sizes and dtypes: recorded where one is among the
+#: arguments. The random ones are always recorded, lest their first values become constants.
+_FACTORIES = (
+    "arange zeros ones full empty eye linspace logspace tensor as_tensor finfo iinfo tril_indices "
+    "triu_indices range scalar_tensor Size"
+).split()
+_RANDOM = "rand randn randint randperm normal bernoulli poisson multinomial".split()
+
+
+@contextmanager
+def recording_factories(tracer: ApotTracer) -> Iterator[None]:
+    """While open, tensor factories are graph nodes and entered autocast regions are counted."""
+    before = {name: getattr(torch, name) for name in (*_FACTORIES, *_RANDOM)}
+    enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+    try:
+        for name, function in before.items():
+            if not isinstance(function, type):
+                setattr(torch, name, _recorded(tracer, function, name in _RANDOM))
+        torch.finfo = _recorded(tracer, before["finfo"], False)  # type: ignore[assignment,misc]
+        torch.autocast.__enter__ = _entering(tracer, enter)  # type: ignore[method-assign]
+        torch.autocast.__exit__ = _leaving(tracer, leave)  # type: ignore[method-assign]
+        yield
+    finally:
+        for name, function in before.items():
+            setattr(torch, name, function)
+        torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
+        _regions.clear()
+
+
+def _recorded(tracer: ApotTracer, function: Callable[..., Any], always: bool) -> Callable[..., Any]:
+    def record(*args: Any, **kwargs: Any) -> Any:
+        traced = always or holds_proxy(args) or holds_proxy(kwargs.values())
+        if tracer.concrete or not traced:
+            return function(*args, **kwargs)
+        return tracer.create_proxy("call_function", function, args, kwargs)
+
+    return record
+
+
+class AskingValues:
+    """Puts an ``isinstance`` that asks proxies' values into users' modules, and takes it out."""
+
+    def __init__(self) -> None:
+        self._before: list[tuple[dict[str, Any], Any]] = []
+        self._seen: set[int] = set()
+
+    def visit(self, variables: dict[str, Any]) -> None:
+        if id(variables) not in self._seen:
+            self._seen.add(id(variables))
+            self._before.append((variables, variables.get("isinstance")))
+            variables["isinstance"] = value_isinstance
+
+    def restore(self) -> None:
+        for variables, before in self._before:
+            if before is None:
+                del variables["isinstance"]
+            else:
+                variables["isinstance"] = before
+
+
+_regions: list[None] = []
+
+
+def _entering(tracer: ApotTracer, enter: Callable[..., Any]) -> Callable[..., Any]:
+    def entered(self: Any) -> Any:
+        if not tracer.concrete:
+            _regions.append(None)
+        return enter(self)
+
+    return entered
+
+
+def _leaving(tracer: ApotTracer, leave: Callable[..., Any]) -> Callable[..., Any]:
+    def left(self: Any, *problem: Any) -> Any:
+        if not tracer.concrete and _regions:
+            _regions.pop()
+        return leave(self, *problem)
+
+    return left
+
+
+def region_depth() -> int:
+    """How many autocast regions the traced forward has entered."""
+    return len(_regions)
+
+
+def ambient_state() -> tuple[bool, bool]:
+    """What a forward may switch: gradients and inference mode."""
+    return torch.is_grad_enabled(), torch.is_inference_mode_enabled()

@@ -1,0 +1,253 @@
+"""What flows through a model's forward while it is traced.
+
+With example inputs a proxy also knows the value that it has there. Then tuples unpack, types can
+be asked for, and Python decisions about shapes, types and options are taken as the example takes
+them, with a guard in the graph; a decision about a tensor's values is still refused, since the
+next batch may decide otherwise.
+"""
+
+from __future__ import annotations
+
+import operator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import fx
+
+from ..errors import TraceError
+from ..graph import METADATA_METHODS
+from .mutation import AUGMENTED
+
+if TYPE_CHECKING:
+    from .trace import ApotTracer
+
+#: The value of a proxy that was made without example inputs.
+UNKNOWN = object()
+
+#: What a Python decision hangs on, from harmless to hopeless.
+FIXED, SIZE, DATA = "fixed", "size", "data"
+_ORDER = (FIXED, SIZE, DATA)
+
+_RANK_METHODS = frozenset(
+    "dim ndimension is_floating_point is_complex element_size get_device is_contiguous".split()
+)
+_SIZE_ATTRIBUTES = frozenset({"shape", "size", "numel", "nelement", "stride"})
+
+
+class Untraceable(TraceError):
+    """A forward does what no graph can hold; the message says what."""
+
+
+class ApotProxy(fx.Proxy):
+    """Records ``x += y`` and ``x[i] = y`` too; fx's own proxy takes the first for ``x + y``."""
+
+    tracer: ApotTracer
+
+    @property
+    def value(self) -> Any:
+        """The example's value, or UNKNOWN."""
+        return self.tracer.value_of(self.node)
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """``isinstance(x, int)`` and the like are asked of the value.
+
+        Not so of tensors: torch's C code would take the proxy for one and crash.
+        """
+        value = self.value
+        unknown = value is UNKNOWN or isinstance(value, torch.Tensor)
+        return ApotProxy if unknown else type(value)
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
+
+    def __getattr__(self, name: str) -> Any:
+        value = self.value
+        if value is UNKNOWN:
+            return ApotAttribute(self, name)
+        if isinstance(value, Mapping) and name in _MAPPING:
+            return lambda *args: _MAPPING[name](self, value, *args)
+        if not hasattr(value, name):
+            raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
+        found = _attribute(value, name)
+        if found is None or isinstance(found, (bool, str)):
+            return found  # a fact about the kind of value that it is
+        return ApotAttribute(self, name)
+
+    def __bool__(self) -> bool:
+        value = self.value
+        if value is UNKNOWN:
+            return super().__bool__()
+        return self.tracer.decide(self, bool(value), "decides")
+
+    def __int__(self) -> int:
+        return int(self._number("int()"))
+
+    def __index__(self) -> int:
+        return operator.index(self._number("an index or range()"))
+
+    def __float__(self) -> float:
+        return float(self._number("float()"))
+
+    def _number(self, use: str) -> Any:
+        value = self.value
+        if value is UNKNOWN or isinstance(value, torch.Tensor):
+            raise Untraceable(f"{use} of a traced value")
+        if self.tracer.hangs_on(self.node) != FIXED:
+            raise Untraceable(f"{use} of a size, which may be another next time")
+        return self.tracer.decide(self, value, "uses")
+
+    def __len__(self) -> int:
+        value = self.value
+        if value is UNKNOWN:
+            return super().__len__()
+        return self._length(value)
+
+    def _length(self, value: Any) -> int:
+        if isinstance(value, torch.Tensor):
+            raise Untraceable("len() of a tensor, which may be another next time")
+        return len(value)
+
+    def __iter__(self) -> Iterator[Any]:
+        value = self.value
+        if value is UNKNOWN:
+            return self._unpack(sys._getframe(1))
+        if isinstance(value, Mapping):
+            return iter(list(value))
+        if not hasattr(value, "__len__"):
+            raise TypeError(f"{type(value).__name__!r} object is not iterable")
+        return iter([self[place] for place in range(self._length(value))])
+
+    def _unpack(self, frame: Any) -> Iterator[Any]:
+        """``a, b = x`` says how many there are."""
+        import dis
+
+        for inst in dis.get_instructions(frame.f_code):
+            if inst.offset == frame.f_lasti and inst.opname == "UNPACK_SEQUENCE":
+                return iter([self[place] for place in range(int(inst.argval))])
+        return self.tracer.iter(self)
+
+    def __contains__(self, item: Any) -> bool:
+        value = self.value
+        if isinstance(value, Mapping):
+            return item in value
+        raise Untraceable("`in` of a traced value")
+
+
+class ApotAttribute(ApotProxy):
+    """``x.name``, recorded when it is used: mostly it is called, as a method."""
+
+    def __init__(self, root: fx.Proxy, attr: str) -> None:
+        self.__dict__.update(root=root, attr=attr, tracer=root.tracer, made=None)
+
+    @property
+    def node(self) -> fx.Node:  # type: ignore[override]
+        made: fx.Node | None = self.__dict__["made"]
+        if made is None:
+            args = (self.root, self.attr)
+            try:
+                made = self.tracer.create_proxy("call_function", getattr, args, {}).node
+            except AttributeError as problem:  # from a property Python would not pass it on
+                raise Untraceable(str(problem)) from problem
+            self.__dict__["made"] = made
+        return made
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+
+def _attribute(value: Any, name: str) -> Any:
+    """A property's value; a method counts as one unknown thing."""
+    found = getattr(value, name)
+    return UNKNOWN if callable(found) else found
+
+
+_MAPPING: dict[str, Callable[..., Any]] = {
+    "keys": lambda proxy, value: list(value),
+    "values": lambda proxy, value: [proxy[key] for key in value],
+    "items": lambda proxy, value: [(key, proxy[key]) for key in value],
+    "get": lambda proxy, value, key, default=None: proxy[key] if key in value else default,
+}
+
+
+def _augmented(target: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
+    def record(self: fx.Proxy, other: Any) -> fx.Proxy:
+        return self.tracer.create_proxy("call_function", target, (self, other), {})
+
+    return record
+
+
+for _target in AUGMENTED:
+    setattr(ApotProxy, f"__{_target.__name__}__", _augmented(_target))
+
+
+def is_proxy(value: object) -> bool:
+    """Whether something is a proxy: ``isinstance`` would be told the value's class."""
+    return issubclass(type(value), fx.Proxy)
+
+
+def value_isinstance(value: object, kinds: Any) -> bool:
+    """``isinstance`` for users' code while it is traced: asked of the example's value."""
+    if is_proxy(value):
+        found = value.value  # type: ignore[attr-defined]
+        value = value if found is UNKNOWN else found
+    return isinstance(value, kinds)
+
+
+def holds_proxy(values: Iterable[Any]) -> bool:
+    """Whether a proxy is among values or the members of their tuples, lists, dicts and slices."""
+    return any(
+        is_proxy(value)
+        or (type(value) in (tuple, list, torch.Size) and holds_proxy(value))
+        or (type(value) is dict and holds_proxy(value.values()))
+        or (type(value) is slice and holds_proxy((value.start, value.stop, value.step)))
+        for value in values
+    )
+
+
+def hangs_on(node: fx.Node, values: Mapping[fx.Node, Any]) -> str:
+    """What a value hangs on beside the options: a size (SIZE), tensor values (DATA), or nothing."""
+    pending, worst, seen = [node], 0, set()
+    while pending:
+        current = pending.pop()
+        if current in seen:
+            continue
+        seen.add(current)
+        own = _own_kind(current, values)
+        if own is None:
+            pending.extend(current.all_input_nodes)
+        else:
+            worst = max(worst, _ORDER.index(own))
+    return _ORDER[worst]
+
+
+def _own_kind(node: fx.Node, values: Mapping[fx.Node, Any]) -> str | None:
+    """What a node brings in by itself; None where its inputs say it."""
+    source = node.args[0] if node.args else None
+    of_tensor = isinstance(source, fx.Node) and isinstance(values.get(source), torch.Tensor)
+    if node.op == "call_function" and node.target is getattr and of_tensor:
+        return SIZE if node.args[1] in _SIZE_ATTRIBUTES else FIXED
+    if node.op == "call_method" and of_tensor:
+        if node.target in _RANK_METHODS:
+            return FIXED
+        return SIZE if node.target in METADATA_METHODS else DATA
+    if node.op == "placeholder":
+        return DATA if isinstance(values.get(node), torch.Tensor) else FIXED
+    if node.op in ("call_module", "get_attr") or isinstance(values.get(node), torch.Tensor):
+        return DATA
+    return None
+
+
+def check_decision(value: object, expected: object, what: str) -> None:
+    """Graph node: what the trace has decided by an example must come out the same.
+
+    Raises TraceError otherwise.
+    """
+    found = bool(value) if isinstance(expected, bool) else value
+    if found != expected:
+        raise TraceError(
+            f"{what}: came out as {expected} for the example_inputs and as {found} now; prepare "
+            "with example_inputs of this kind"
+        )

@@ -1,0 +1,205 @@
+"""Notices what a graph can't hold while a forward is traced: state kept outside of tensors.
+
+An attribute that a forward sets, a random number of Python or NumPy, a global variable: the graph
+would hold the value that it had while tracing. The module that does it becomes a leaf instead.
+"""
+
+from __future__ import annotations
+
+import dis
+import inspect
+import random
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+_REGISTRIES = ("_parameters", "_buffers", "_modules")
+_CONTAINERS = (list, dict, set)
+_SCALARS = (bool, int, float, complex, str)
+#: Packages whose functions keep no state that a forward depends on (or call torch themselves).
+_LIBRARIES = frozenset("torch numpy apot_fx networkx sympy mpmath opt_einsum triton".split())
+
+
+class Attributes:
+    """The attributes of every module of a model, to compare and to put back."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._before = [(name, m, _state(m)) for name, m in model.named_modules()]
+        self._buffers = [(b, b.detach().clone()) for b in model.buffers()]
+
+    def changed(self) -> dict[str, str]:
+        """Modules whose attributes are others than before, and one attribute of each."""
+        return {
+            name: key
+            for name, module, before in self._before
+            if (key := _difference(before, _state(module)))
+        }
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Everything as it was: attributes, registries, members of containers, buffers."""
+        for _, module, before in self._before:
+            for key in [k for k in module.__dict__ if k not in before]:
+                del module.__dict__[key]
+            for key, (value, members) in before.items():
+                module.__dict__[key] = value
+                if isinstance(value, dict):
+                    value.clear()
+                    value.update(members)
+                elif isinstance(value, list):
+                    value[:] = members
+                elif isinstance(value, set):
+                    value.clear()
+                    value |= members
+        for buffer, value in self._buffers:
+            if buffer.shape == value.shape and not torch.equal(buffer, value):
+                buffer.copy_(value)
+
+
+def _state(module: nn.Module) -> dict[str, tuple[Any, Any]]:
+    """Every attribute and, of containers, a shallow copy."""
+    return {
+        key: (value, type(value)(value) if type(value) in _CONTAINERS else _registry(key, value))
+        for key, value in module.__dict__.items()
+    }
+
+
+def _registry(key: str, value: Any) -> Any:
+    return dict(value) if isinstance(value, dict) else None
+
+
+def _difference(before: dict[str, tuple[Any, Any]], after: dict[str, tuple[Any, Any]]) -> str:
+    for key in before.keys() | after.keys():
+        if key == "training" or key.startswith("_tensor_constant"):
+            continue
+        if key not in before or key not in after:
+            return key
+        if before[key][0] is not after[key][0] or not _same_members(before[key][1], after[key][1]):
+            return key
+    return ""
+
+
+def _same_members(mine: Any, theirs: Any) -> bool:
+    if isinstance(mine, dict):
+        return mine.keys() == theirs.keys() and all(
+            mine[key] is theirs[key] or key.startswith("_tensor_constant")
+            if isinstance(key, str)
+            else mine[key] is theirs[key]
+            for key in mine
+        )
+    if isinstance(mine, list):
+        return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
+    return bool(mine == theirs) if isinstance(mine, set) else True
+
+
+def random_state() -> Any:
+    """Python's and (where it is loaded) NumPy's generator state, cheap to compare."""
+    numpy = sys.modules.get("numpy")
+    state: Any = numpy.random.get_state() if numpy is not None else None
+    return hash(random.getstate()), state and (state[1].tobytes(), state[2])
+
+
+@contextmanager
+def watching_globals(
+    report: Callable[[str], None], visit: Callable[[dict[str, Any]], None]
+) -> Iterator[None]:
+    """Call ``report(what)`` when a user's function runs that reads or sets changeable globals.
+
+    Containers that a helper reads count only once they have other members at the end. ``visit``
+    gets the globals of every user's function before it runs first.
+    """
+    known: dict[types.CodeType, str] = {}
+    containers: dict[int, tuple[str, Any, Any]] = {}
+
+    def profile(frame: types.FrameType, event: str, arg: object) -> None:
+        if event != "call":
+            return
+        code = frame.f_code
+        if code not in known:
+            users = code.co_name != "<module>" and _is_users(frame)
+            known[code] = _outside_state(frame, containers) if users else ""
+            if users:
+                visit(frame.f_globals)
+        if known[code]:
+            report(known[code])
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        yield
+    finally:
+        sys.setprofile(before)
+    for name, container, members in containers.values():
+        if not _same_members(members, container):
+            report(f"changes the global variable {name!r}")
+
+
+def _is_users(frame: types.FrameType) -> bool:
+    home = str(frame.f_globals.get("__name__", "")).split(".")[0]
+    return home not in _LIBRARIES and home not in sys.stdlib_module_names
+
+
+def _outside_state(frame: types.FrameType, containers: dict[int, tuple[str, Any, Any]]) -> str:
+    """The changeable global that a function reads or sets, if any; containers are noted."""
+    code = frame.f_code
+    for inst in dis.get_instructions(code):
+        name = str(inst.argval)
+        if inst.opname == "STORE_GLOBAL" or (
+            inst.opname == "STORE_DEREF" and name in code.co_freevars
+        ):
+            return f"sets the variable {name!r} outside of it"
+        if inst.opname != "LOAD_GLOBAL":
+            continue
+        if _may_change(name, frame.f_globals, code):
+            return f"reads the global variable {name!r}"
+        value = frame.f_globals.get(name)
+        if type(value) in _CONTAINERS:
+            containers.setdefault(id(value), (name, value, type(value)(value)))
+    return ""
+
+
+def _may_change(name: str, variables: dict[str, Any], code: types.CodeType) -> bool:
+    """Whether a global is state: in a forward every plain value may be, in a helper only a plain
+    value that some function of its module sets.
+    """
+    value = variables.get(name)
+    if code.co_name == "forward" and type(value) in _CONTAINERS:
+        return True
+    if type(value) not in _SCALARS and not isinstance(value, torch.Tensor):
+        return False
+    return code.co_name == "forward" or name in _set_by_functions(variables)
+
+
+_set_names: dict[int, set[str]] = {}
+
+
+def _set_by_functions(variables: dict[str, Any]) -> set[str]:
+    """Names that functions and methods of a module declare ``global`` and set."""
+    known = _set_names.get(id(variables))
+    if known is None:
+        home = variables.get("__name__")
+        known = _set_names[id(variables)] = {
+            str(inst.argval)
+            for code in _codes(v for v in variables.values() if _home(v) == home)
+            for inst in dis.get_instructions(code)
+            if inst.opname == "STORE_GLOBAL"
+        }
+    return known
+
+
+def _home(value: Any) -> Any:
+    return getattr(value, "__module__", None) if callable(value) else None
+
+
+def _codes(values: Iterable[Any]) -> Iterator[types.CodeType]:
+    for value in values:
+        if isinstance(value, type):
+            yield from _codes(v for v in vars(value).values() if isinstance(v, types.FunctionType))
+        code = getattr(inspect.unwrap(value), "__code__", None) if callable(value) else None
+        if isinstance(code, types.CodeType):
+            yield code
