@@ -375,7 +375,7 @@ def test_default_state_tells_no_range(training: bool) -> None:
     prepared(torch.randn(BATCH, INPUTS), h)
     assert quant.observer.high == h.max()
     freeze(prepared)
-    assert quant.state != OBSERVING and float(quant.alpha) == float(h.abs().max())
+    assert quant.state != OBSERVING and quant.alpha.item() == h.abs().max().item()
     once = prepare(nn.GRU(INPUTS, HIDDEN), CONFIGS["w4a4"], calibrated=False).eval()
     once(torch.randn(1, BATCH, INPUTS))
     freeze(once)  # one step from zeros: nothing else is known, and it converts
@@ -394,6 +394,18 @@ def test_enabled_observer_runs_beside() -> None:
     assert float(quant.alpha) > before
     wanted = tuple(y.detach() for y in prepared(x))
     assert_same(prepared.converted(False)(x), wanted)
+
+
+def test_while_observing_weights_are_quantized_and_inputs_pass() -> None:
+    """As every prepared layer: what follows is calibrated on what it will get."""
+    layer = nn.LSTM(INPUTS, HIDDEN, num_layers=2).eval()
+    prepared = prepare(layer, CONFIGS["w4a4"], calibrated=False)
+    x = torch.randn(STEPS, BATCH, INPUTS)
+    found = leaves(prepared(x))
+    for name, quant in prepared.weight_fake_quants.items():
+        getattr(layer, name).data = quant(prepared.weights[name]).detach()
+    for mine, theirs in zip(found, leaves(layer(x)), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def test_bad_shapes() -> None:
