@@ -127,10 +127,14 @@ class FakeQuantize(nn.Module):
         return self.level_set
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.training and self.state == FROZEN:  # calibrated while in train mode
-            self.state = LEARNING
         if self.observer_enabled:
             self._observe(x)
+        return self.on_grid(x)
+
+    def on_grid(self, x: torch.Tensor) -> torch.Tensor:
+        """What :meth:`forward` gives, with nothing observed."""
+        if self.training and self.state == FROZEN:  # calibrated while in train mode
+            self.state = LEARNING
         if not self.quantizes:
             return x
         learns = self.state == LEARNING and not self.observer_enabled
