@@ -93,13 +93,18 @@ def fingerprint(values: Any) -> Any:
         return None
 
 
-class Record(types.SimpleNamespace):
+class Record:
     """Builds an object of a user's class in the graph; a call target with a name."""
 
     def __init__(self, kind: type, plain: bool) -> None:
-        super().__init__(kind=kind, plain=plain)
+        self.kind, self.plain = kind, plain
         self.__name__ = self.__qualname__ = kind.__name__
         self.__module__ = kind.__module__
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Record):
+            return False
+        return self.kind is other.kind and self.plain == other.plain
 
     def __hash__(self) -> int:
         return hash((self.kind, self.plain))
@@ -107,7 +112,7 @@ class Record(types.SimpleNamespace):
     def __call__(self, *args: Any, **fields: Any) -> Any:
         if self.plain:
             return self.kind(*args, **fields)
-        made = self.kind.__new__(self.kind)
+        made: Any = object.__new__(self.kind)
         made.__dict__.update(fields)
         return made
 
@@ -121,7 +126,8 @@ def places_of(frame: types.FrameType, callers: list[types.FrameType]) -> list[Pl
 
     Decorated functions run behind their wrapper's frames, so several callers are asked.
     """
-    code, found = frame.f_code, []
+    code = frame.f_code
+    found: list[Place] = []
     if code.co_name in ("<module>", "<lambda>", "forward", "__call__"):
         return []
     for variables, names in [

@@ -118,7 +118,7 @@ class ApotProxy(fx.Proxy):
             return iter(list(value))
         if not hasattr(value, "__len__"):
             raise TypeError(f"{type(value).__name__!r} object is not iterable")
-        return iter([self[place] for place in range(self._length(value))])
+        return iter(members(self, self._length(value)))
 
     def _unpack(self, frame: Any) -> Iterator[Any]:
         """``a, b = x`` says how many there are."""
@@ -126,7 +126,7 @@ class ApotProxy(fx.Proxy):
 
         for inst in dis.get_instructions(frame.f_code):
             if inst.offset == frame.f_lasti and inst.opname == "UNPACK_SEQUENCE":
-                return iter([self[place] for place in range(int(inst.argval))])
+                return iter(members(self, int(inst.argval)))
         return self.tracer.iter(self)
 
     def __contains__(self, item: Any) -> bool:
@@ -181,6 +181,11 @@ def _augmented(target: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], f
 
 for _target in AUGMENTED:
     setattr(ApotProxy, f"__{_target.__name__}__", _augmented(_target))
+
+
+def members(proxy: Any, count: int) -> list[Any]:
+    """The first ``count`` members of a traced sequence."""
+    return [proxy[place] for place in range(count)]
 
 
 def is_proxy(value: object) -> bool:

@@ -157,7 +157,7 @@ def _outside_state(frame: types.FrameType, containers: dict[int, tuple[str, Any,
             continue
         if _may_change(name, frame.f_globals, code):
             return f"reads the global variable {name!r}"
-        value = frame.f_globals.get(name)
+        value: Any = frame.f_globals.get(name)
         if type(value) in _CONTAINERS:
             containers.setdefault(id(value), (name, value, type(value)(value)))
     return ""

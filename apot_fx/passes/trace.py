@@ -35,6 +35,7 @@ from .proxy import (
     hangs_on,
     holds_proxy,
     is_proxy,
+    members,
 )
 from .purity import Attributes, random_state, watching_globals
 from .report import PassReport
@@ -180,7 +181,7 @@ class ApotTracer(fx.Tracer):
             count = len(asked) if isinstance(asked, (list, tuple)) else 0
         if not count:
             return super().iter(obj)
-        return iter([obj[place] for place in range(count)])
+        return iter(members(obj, count))
 
     # Modules
 
@@ -336,11 +337,11 @@ class ApotTracer(fx.Tracer):
         value = given.get(name[1:], ())
         made = self._placeholder(name, (), value)
         self._guard(check_count, made, len(value), name)
-        return [made[place] for place in range(len(value))]
+        return members(made, len(value))
 
     def _variable_keywords(self, name: str, given: Mapping[str, Any]) -> dict[str, Any]:
         value = given.get(name, {})
-        made = self._placeholder(f"**{name}", (), value)
+        made: Any = self._placeholder(f"**{name}", (), value)
         self._guard(check_keywords, made, sorted(value), name)
         return {
             key: made[key] if isinstance(item, (torch.Tensor, tuple, list, dict)) else item
@@ -443,7 +444,7 @@ class _Attempts:
         self.banned |= codes
         for code in codes:
             self.reasons.pop(f"{code.co_name}()", None)
-        return any([self.functions.pop(code, None) for code in codes])
+        return bool([code for code in codes if self.functions.pop(code, None)])
 
     def _learn_function(self, problem: Exception, why: str) -> bool:
         """Whether some function below the innermost module can be called as a whole."""
