@@ -7,6 +7,7 @@ would hold the value that it had while tracing. The module that does it becomes 
 from __future__ import annotations
 
 import dis
+import gc
 import inspect
 import random
 import sys
@@ -128,12 +129,15 @@ def watching_globals(
         if known[code]:
             report(known[code])
 
-    before = sys.getprofile()
+    before, collects = sys.getprofile(), gc.isenabled()
+    gc.disable()  # its callbacks are no part of the forward
     sys.setprofile(profile)
     try:
         yield
     finally:
         sys.setprofile(before)
+        if collects:
+            gc.enable()
     for name, container, members in containers.values():
         if not _same_members(members, container):
             report(f"changes the global variable {name!r}")

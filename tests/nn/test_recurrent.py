@@ -55,7 +55,7 @@ CELLS: list[tuple[type[nn.Module], dict[str, Any]]] = [
     (nn.RNNCell, {"nonlinearity": "relu"}),
 ]
 IDS: dict[str, Any] = {
-    "ids": lambda value: value.__name__ if isinstance(value, type) else str(value).replace(" ", "")
+    "ids": lambda value: getattr(value, "__name__", "") or str(value).replace(" ", "")
 }
 BATCH, STEPS, INPUTS, HIDDEN = 3, 5, 6, 7
 
