@@ -388,20 +388,28 @@ class QConfigMapping:
         return self
 
     def resolve(
-        self, name: str, module_type: Callable[..., Any], first: bool, last: bool
+        self,
+        name: str,
+        module_type: Callable[..., Any] | tuple[Callable[..., Any], ...],
+        first: bool,
+        last: bool,
     ) -> QConfig | None:
-        """The QConfig of a layer, or None for float. A first layer that is also last is last."""
+        """The QConfig of a layer, or None for float. A first layer that is also last is last.
+
+        ``module_type``: its class, or all that it goes by, nearest first.
+        """
         named = [top for top in self.names if _is_below(name, top)]
         if named:
             return self.names[max(named, key=len)]
         for regex, config in self.regexes.items():
             if re.match(regex, name):
                 return config
-        classes = getattr(module_type, "__mro__", (module_type,))
+        single = module_type if isinstance(module_type, tuple) else (module_type,)
+        classes = [kind for one in single for kind in getattr(one, "__mro__", (one,))]
         for kind in classes:
             if kind in self.types:
                 return self.types[kind]
-        paths = {f"{kind.__module__}.{kind.__qualname__}" for kind in classes}
+        paths = {f"{kind.__module__}.{kind.__name__}" for kind in classes}
         if self.global_types is not None and paths.isdisjoint(self.global_types):
             return None
         outer = self.last if last else self.first if first else Follow.GLOBAL

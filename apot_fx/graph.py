@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 #: ``node.meta`` key: the kind of value seen while tracing, as :func:`value_kind` names it.
@@ -13,6 +14,7 @@ KIND = "apot_kind"
 #: Calls that read a tensor's metadata, never its values.
 METADATA_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride"})
 METADATA_ATTRIBUTES = frozenset({"shape", "ndim", "device"})
+_PURE_MODULES = ("torch.nn.modules.", "torch.nn.utils.parametri", "apot_fx.")
 _NOT_USER_CODE = ("/torch/", "/apot_fx/passes/")
 _SPLITS = frozenset({"chunk", "split", "tensor_split", "unbind", "split_with_sizes"})
 _SCALAR_METHODS = METADATA_METHODS | {"item", "tolist", "is_floating_point", "get_device"}
@@ -121,6 +123,22 @@ def replace_argument(node: fx.Node, old: fx.Node, new: Any) -> None:
     node.kwargs = fx.map_arg(node.kwargs, lambda arg: new if arg is old else arg)
 
 
+@torch.no_grad()
+def constant_value(owner: nn.Module, node: fx.Node) -> Any:
+    """The value now of a node that hangs on parameters and buffers alone."""
+    if node.op == "get_attr":
+        value: Any = owner
+        for part in str(node.target).split("."):
+            value = getattr(value, part)
+        return value
+    args: Any = fx.map_arg(node.args, lambda source: constant_value(owner, source))
+    kwargs: Any = fx.map_arg(node.kwargs, lambda source: constant_value(owner, source))
+    if node.op == "call_method":
+        return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+    target: Any = called_module(owner, node) or node.target
+    return target(*args, **kwargs)
+
+
 def prune(owner: fx.GraphModule) -> list[str]:
     """Erase calls without effect that nobody reads, and return their names; placeholders stay.
 
@@ -139,7 +157,7 @@ def _is_pure(owner: nn.Module, node: fx.Node) -> bool:
     """Whether a call only computes: torch's and our own do, a user's may log or count."""
     module = called_module(owner, node)
     if module is not None:
-        return type(module).__module__.startswith(("torch.nn.modules.", "apot_fx."))
+        return type(module).__module__.startswith(_PURE_MODULES)
     if node.op == "call_method":
         return not str(node.target).endswith("_")
     if node.op != "call_function":

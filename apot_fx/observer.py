@@ -285,7 +285,7 @@ def weight_alpha(
     """
     if not bool(weight.isfinite().all()):
         raise TensorError(f"{name} holds NaN or inf; repair or reload it before quantizing")
-    rows = rows_of(weight, axis, group_size)
+    rows = rows_of(weight, axis, group_size).contiguous()
     if not rows.shape[1]:
         rows = rows.new_zeros(len(rows), 1)
     largest = covering_alpha(rows.amin(1), rows.amax(1), level_set)

@@ -23,6 +23,7 @@ from .fake_quant import EXACT_UNIT, LEARNING, OBSERVING, FakeQuantize
 from .graph import called_module
 from .nn import ConvertedOp, PreparedLayer, PreparedOp
 from .passes import convert_passes, prepare_passes, run_passes, trace
+from .passes.functional_layers import computed_operands
 from .passes.stage import StageModule
 
 BACKENDS = ("auto", "reference")
@@ -126,9 +127,12 @@ def convert(prepared: StageModule, backend: str, low_memory: bool, inplace: bool
 def _check_convertible(prepared: StageModule) -> None:
     """Everything convert refuses, before anything is touched."""
     _check_calibrated(prepared)
+    for node in prepared.graph.nodes:
+        layer = called_module(prepared, node)
+        if isinstance(layer, PreparedLayer):
+            weight, _ = layer.operands(*computed_operands(prepared, node) or (None, None))
+            _check_values(f"{node.target}.weight", weight)
     for name, module in prepared.named_modules():
-        if isinstance(module, PreparedLayer):
-            _check_values(f"{name}.weight", module.weight)
         if not isinstance(module, FakeQuantize):
             continue
         _check_values(f"{name}.alpha", module.alpha)

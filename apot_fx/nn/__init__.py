@@ -10,7 +10,8 @@ from .add import ConvertedAdd, PreparedAdd
 from .converted import ConvertedLayer
 from .op import ConvertedOp, PreparedOp
 from .pool import ConvertedPool, Pool, PreparedPool
-from .prepared import PREPARED, PreparedLayer, can_fold
+from .prepared import PREPARED, FunctionalLayer, PreparedFunctional, PreparedLayer, can_fold
+from .products import ConvProduct, LinearProduct
 from .quantize import Quantize, Reader
 from .through_float import ThroughFloat
 
@@ -24,12 +25,16 @@ CONVERTED: tuple[tuple[type[PreparedOp], type[ConvertedOp]], ...] = (
 __all__ = [
     "CONVERTED",
     "PREPARED",
+    "ConvProduct",
     "ConvertedAdd",
     "ConvertedLayer",
     "ConvertedOp",
     "ConvertedPool",
+    "FunctionalLayer",
+    "LinearProduct",
     "Pool",
     "PreparedAdd",
+    "PreparedFunctional",
     "PreparedLayer",
     "PreparedOp",
     "PreparedPool",

@@ -33,14 +33,17 @@ class ConvertedLayer(ConvertedOp):
         layer: PreparedLayer,
         fake_quant: FakeQuantize | None,
         batch_norm: nn.Module | None,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
+        weight, bias = layer.operands(weight, bias)
         quant = layer.weight_fake_quant
-        self.kind = layer.float_type.__name__
+        self.kind = layer.kind
         self.product: Product = layer.product
-        self.output_dtype = layer.weight.dtype
+        self.output_dtype = weight.dtype
         self.weight = ApotTensor(
-            layer.integer_weight(),
+            layer.integer_weight(weight),
             quant.alpha,
             quant.known_level_set(),
             quant.axis,
@@ -50,11 +53,15 @@ class ConvertedLayer(ConvertedOp):
         self.input_spec = "" if self.input_levels is None else self.input_levels.spec
         step = None if fake_quant is None else fake_quant.step()
         with torch.no_grad():
-            s, b = scale_and_bias(step, quant.step(), len(layer.weight), layer.bias, batch_norm)
+            s, b = scale_and_bias(step, quant.step(), len(weight), bias, batch_norm)
         self.register_buffer("s", s)
         self.register_buffer("b", b)
         self.folds_batch_norm = batch_norm is not None
         self.wide = self._largest_sum() > EXACT_SUM
+
+    @property
+    def weight_shape(self) -> torch.Size:
+        return torch.Size(self.weight.shape)
 
     def _largest_sum(self) -> float:
         """The largest partial sum that any input can give, from the weights themselves."""

@@ -7,74 +7,94 @@ bit for bit.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
 from ..config import WeightSpec
 from ..fake_quant import EXACT_UNIT, FakeQuantize
-from .fold import is_foldable, scale_and_bias
+from .fold import BATCH_NORMS, is_foldable, scale_and_bias
 from .op import PreparedOp, with_gradient_of
 from .products import EXACT_SUM, ConvProduct, LinearProduct, Product
 
 
 class PreparedLayer(PreparedOp):
-    """Mixin of the prepared layers; in the graph called as ``layer(x, fake_quant, batch_norm)``.
+    """Mixin of the prepared layers; called as ``layer(x, fake_quant, batch_norm, weight, bias)``.
 
     ``fake_quant`` is the module that put ``x`` on its grid (None: weight-only), ``batch_norm`` the
-    one that is folded into this call (None: no fold).
+    one that is folded into this call (None: no fold). ``weight`` and ``bias`` come along where they
+    are computed (a functional call); else they are the module's own.
     """
 
     float_type: ClassVar[type[nn.Module]]
     #: Whether an input was seen whose channels batch norm does not normalise (3-d, for Linear).
     norm_apart: bool = False
     weight_fake_quant: FakeQuantize
-    if TYPE_CHECKING:  # the torch layer beside this mixin brings them
-
-        @property
-        def weight(self) -> nn.Parameter: ...
-        @property
-        def bias(self) -> nn.Parameter | None: ...
+    weight_shape: torch.Size
 
     @classmethod
-    def take_over(cls, layer: nn.Module, spec: WeightSpec, name: str) -> Any:
+    def take_over(
+        cls, layer: nn.Module, spec: WeightSpec, name: str, weight: torch.Tensor | None = None
+    ) -> Any:
         """Turn a float layer into a prepared one: same Parameters, keys, hooks and mode.
 
-        Raises TensorError naming ``<name>.weight`` where it holds NaN or inf.
+        ``weight``: its value now, where it is computed. Raises TensorError naming
+        ``<name>.weight`` where it holds NaN or inf.
         """
-        weight = layer.weight
-        assert isinstance(weight, torch.Tensor)
-        fake_quant = FakeQuantize.for_weight(weight, spec, f"{name}.weight")
+        value = layer.weight if weight is None else weight
+        assert isinstance(value, torch.Tensor)
+        fake_quant = FakeQuantize.for_weight(value, spec, f"{name}.weight")
         prepared = cls.__new__(cls)
         prepared.__dict__.update(layer.__dict__)
         prepared.weight_fake_quant = fake_quant.train(layer.training)
+        prepared.weight_shape = value.shape
         return prepared
+
+    @property
+    def kind(self) -> str:
+        """What the layer computes, for people."""
+        return self.float_type.__name__
 
     @property
     def product(self) -> Product:
         raise NotImplementedError
 
-    def weighted(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    def weighted(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
         """The float layer with another weight."""
         raise NotImplementedError
+
+    def operands(
+        self, weight: torch.Tensor | None, bias: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Weight and bias of a call: those that it was given, or the module's own."""
+        if weight is not None:
+            return weight, bias
+        own, offset = self.weight, self.bias
+        assert isinstance(own, torch.Tensor) and not isinstance(offset, nn.Module)
+        return own, offset
 
     def forward(
         self,
         x: torch.Tensor,
         fake_quant: FakeQuantize | None = None,
         batch_norm: nn.Module | None = None,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        w, b = self.operands(weight, bias)
         if batch_norm is not None and not self.product.channels_meet_batch_norm(x):
             self.norm_apart = True
         if self.training or not self._is_exact(fake_quant):
-            return self._train_form(x, batch_norm)
+            return self._train_form(x, batch_norm, w, b)
         folded = batch_norm if self._folds(x, batch_norm) else None
-        y = self._integer_form(x, fake_quant, folded).to(self.weight.dtype)
+        y = self._integer_form(x, fake_quant, folded, w, b).to(w.dtype)
         if batch_norm is not None and folded is None:
             y = batch_norm(y)
-        if torch.is_grad_enabled() and (x.requires_grad or self.weight.requires_grad):
-            return with_gradient_of(y, self._train_form(x, batch_norm))
+        if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
+            return with_gradient_of(y, self._train_form(x, batch_norm, w, b))
         return y
 
     def _folds(self, x: torch.Tensor, batch_norm: nn.Module | None) -> bool:
@@ -87,32 +107,46 @@ class PreparedLayer(PreparedOp):
     def _is_exact(self, fake_quant: FakeQuantize | None) -> bool:
         return _on_grid(self.weight_fake_quant) and (fake_quant is None or _on_grid(fake_quant))
 
-    def _train_form(self, x: torch.Tensor, batch_norm: nn.Module | None) -> torch.Tensor:
-        weight = self.weight_fake_quant(self.weight).to(self.weight.dtype)
-        y = self.weighted(x.to(weight.dtype), weight)
+    def _train_form(
+        self,
+        x: torch.Tensor,
+        batch_norm: nn.Module | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        quantized = self.weight_fake_quant(weight).to(weight.dtype)
+        y = self.weighted(x.to(quantized.dtype), quantized, bias)
         return y if batch_norm is None else batch_norm(y)
 
     def _integer_form(
-        self, x: torch.Tensor, fake_quant: FakeQuantize | None, batch_norm: nn.Module | None
+        self,
+        x: torch.Tensor,
+        fake_quant: FakeQuantize | None,
+        batch_norm: nn.Module | None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
     ) -> torch.Tensor:
         with torch.no_grad():
-            size, weight = self.weight_fake_quant.group_size, self.weight_fake_quant
-            levels = torch.ops.apot_fx.levels(self.integer_weight(), weight.level_spec)
-            s, b = self._scale_and_bias(fake_quant, batch_norm)
+            size, quant = self.weight_fake_quant.group_size, self.weight_fake_quant
+            levels = torch.ops.apot_fx.levels(self.integer_weight(weight), quant.level_spec)
+            s, b = self._scale_and_bias(fake_quant, batch_norm, len(weight), bias)
             if fake_quant is None:
                 return self.product.weight_only(x, levels, s, b, size or levels[0].numel())
             alpha = fake_quant.clamped_alpha()
             x = torch.ops.apot_fx.to_levels(x, alpha, fake_quant.level_spec)
             # By the weight-free bound: a look at the weights would be a data-dependent branch.
-            wide = levels[0].numel() * fake_quant.unit * weight.unit > EXACT_SUM
+            wide = levels[0].numel() * fake_quant.unit * quant.unit > EXACT_SUM
             return self.product(x, levels, s, b, size, wide)
 
     def _scale_and_bias(
-        self, fake_quant: FakeQuantize | None, batch_norm: nn.Module | None
+        self,
+        fake_quant: FakeQuantize | None,
+        batch_norm: nn.Module | None,
+        channels: int,
+        bias: torch.Tensor | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         step = None if fake_quant is None else fake_quant.step()
-        weight_step = self.weight_fake_quant.step()
-        return scale_and_bias(step, weight_step, len(self.weight), self.bias, batch_norm)
+        return scale_and_bias(step, self.weight_fake_quant.step(), channels, bias, batch_norm)
 
     @torch.no_grad()
     def distance_of_forms(
@@ -120,6 +154,8 @@ class PreparedLayer(PreparedOp):
         x: torch.Tensor,
         fake_quant: FakeQuantize | None = None,
         batch_norm: nn.Module | None = None,
+        weight: torch.Tensor | None = None,
+        bias: torch.Tensor | None = None,
     ) -> float:
         """Largest |train form − integer form|, relative to the largest |y| or |acc · s|.
 
@@ -127,21 +163,22 @@ class PreparedLayer(PreparedOp):
         """
         if not self._is_exact(fake_quant) or (batch_norm and not self._folds(x, batch_norm)):
             return 0.0
-        y = self._integer_form(x, fake_quant, batch_norm)
-        train = self._train_form(x, batch_norm)
-        _, b = self._scale_and_bias(fake_quant, batch_norm)
+        operands = self.operands(weight, bias)
+        y = self._integer_form(x, fake_quant, batch_norm, *operands)
+        train = self._train_form(x, batch_norm, *operands)
+        _, b = self._scale_and_bias(fake_quant, batch_norm, len(operands[0]), operands[1])
         product = y - b.reshape(-1, *[1] * (-1 - self.product.channel_axis))
         largest = torch.maximum(y.abs(), product.abs()).nan_to_num().max() if y.numel() else 0.0
         apart = (train.float() - y).abs().nan_to_num().max() if y.numel() else 0.0
         return float(apart / largest) if largest else 0.0
 
     @torch.no_grad()
-    def integer_weight(self) -> torch.Tensor:
+    def integer_weight(self, weight: torch.Tensor | None = None) -> torch.Tensor:
         """The weight's indices now (uint8 or int16, the weight's shape)."""
         quant = self.weight_fake_quant
-        alpha, weight = quant.clamped_alpha(), self.weight.detach()
+        value, _ = self.operands(weight, None)
         return torch.ops.apot_fx.quantize(
-            weight, alpha, quant.level_spec, quant.axis, quant.group_size
+            value.detach(), quant.clamped_alpha(), quant.level_spec, quant.axis, quant.group_size
         )
 
 
@@ -156,8 +193,10 @@ class PreparedLinear(PreparedLayer, nn.Linear):  # type: ignore[misc]
     def product(self) -> LinearProduct:
         return LinearProduct()
 
-    def weighted(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x, weight, self.bias)
+    def weighted(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        return nn.functional.linear(x, weight, bias)
 
 
 class PreparedConv1d(PreparedLayer, nn.Conv1d):  # type: ignore[misc]
@@ -167,8 +206,10 @@ class PreparedConv1d(PreparedLayer, nn.Conv1d):  # type: ignore[misc]
     def product(self) -> ConvProduct:
         return ConvProduct.of(self)
 
-    def weighted(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(x, weight, self.bias)
+    def weighted(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self._conv_forward(x, weight, bias)
 
 
 class PreparedConv2d(PreparedLayer, nn.Conv2d):  # type: ignore[misc]
@@ -178,24 +219,69 @@ class PreparedConv2d(PreparedLayer, nn.Conv2d):  # type: ignore[misc]
     def product(self) -> ConvProduct:
         return ConvProduct.of(self)
 
-    def weighted(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        return self._conv_forward(x, weight, self.bias)
+    def weighted(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self._conv_forward(x, weight, bias)
+
+
+class FunctionalLayer(nn.Module):
+    """A call of ``F.linear`` or ``F.conv…`` on a weight that hangs on parameters alone, in float.
+
+    Called as ``layer(x, None, batch_norm, weight, bias)``, as prepared layers are. It takes the
+    place of the module that owns the weight, where that has no other use.
+    """
+
+    geometry: Product
+    stands_for: tuple[Any, ...]  # what a config may call it: its owner's class, function, layer
+
+    def forward(
+        self,
+        x: torch.Tensor,
+        fake_quant: None,
+        batch_norm: None,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        return self.geometry.in_float(x, weight, bias)
+
+    def extra_repr(self) -> str:
+        return str(self.geometry)
+
+
+class PreparedFunctional(PreparedLayer):
+    """The same with a quantized weight."""
+
+    float_type = FunctionalLayer
+    geometry: Product
+
+    @property
+    def product(self) -> Product:
+        return self.geometry
+
+    @property
+    def kind(self) -> str:
+        return self.geometry.name
+
+    def weighted(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        return self.geometry.in_float(x, weight, bias)
 
 
 #: Which prepared layer stands for which torch layer. Subclasses of these may compute something
 #: else, so only exact types are taken.
 PREPARED: dict[type[nn.Module], type[PreparedLayer]] = {
-    kind.float_type: kind for kind in (PreparedLinear, PreparedConv1d, PreparedConv2d)
+    kind.float_type: kind
+    for kind in (PreparedLinear, PreparedConv1d, PreparedConv2d, PreparedFunctional)
 }
 
 
-def can_fold(layer: nn.Module, batch_norm: nn.Module) -> str:
+def can_fold(layer: nn.Module, batch_norm: nn.Module, weight: torch.Tensor) -> str:
     """Why ``batch_norm`` can't be folded into ``layer``'s calls; ``""`` where it can."""
-    wanted = {nn.Linear: nn.BatchNorm1d, nn.Conv1d: nn.BatchNorm1d, nn.Conv2d: nn.BatchNorm2d}
-    float_type = layer.float_type if isinstance(layer, PreparedLayer) else type(layer)
-    weight = layer.weight
-    assert isinstance(weight, torch.Tensor)
-    if wanted.get(float_type) is not type(batch_norm) or (
+    geometry = layer.geometry if isinstance(layer, FunctionalLayer) else layer
+    rank = len(getattr(geometry, "stride", (1,)))  # Linear has none and goes with BatchNorm1d
+    if BATCH_NORMS[rank - 1] is not type(batch_norm) or (
         getattr(batch_norm, "num_features", None) != len(weight)
     ):
         return f"{type(batch_norm).__name__} normalises another axis than the layer's channels"

@@ -7,7 +7,7 @@ call the same operator with the same geometry.
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as functional
@@ -22,6 +22,13 @@ class LinearProduct:
     """``x @ wᵀ`` over the last axis."""
 
     channel_axis: ClassVar[int] = -1
+    name: ClassVar[str] = "linear"
+
+    def in_float(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What torch computes."""
+        return functional.linear(x, weight, bias)
 
     def channels_meet_batch_norm(self, x: torch.Tensor) -> bool:
         """Whether the output's channels lie on axis 1, as batch norm wants them."""
@@ -79,6 +86,35 @@ class ConvProduct:
             border=() if plain else border,
             border_mode=mode,
         )
+
+    @classmethod
+    def of_call(
+        cls, rank: int, stride: Any, padding: Any, dilation: Any, groups: int, kernel: Any
+    ) -> ConvProduct:
+        """The geometry of a ``functional.conv…`` call over ``rank`` axes."""
+        border = _paddings(padding, rank, tuple(kernel), _tuple(dilation, rank))
+        symmetric = all(low == high for low, high in border)
+        flat = [edge for pair in reversed(border) for edge in pair]
+        return cls(
+            stride=_tuple(stride, rank),
+            dilation=_tuple(dilation, rank),
+            groups=groups,
+            padding=tuple(low for low, _ in border) if symmetric else (0,) * rank,
+            border=() if symmetric else tuple(flat),
+            border_mode="constant",
+        )
+
+    @property
+    def name(self) -> str:
+        return f"conv{len(self.stride)}d"
+
+    def in_float(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        """What torch computes."""
+        call = (functional.conv1d, functional.conv2d, functional.conv3d)[len(self.stride) - 1]
+        x = self._bordered(x)
+        return call(x, weight, bias, self.stride, self.padding, self.dilation, self.groups)
 
     @property
     def channel_axis(self) -> int:
@@ -145,6 +181,22 @@ class ConvProduct:
 
     def _bordered(self, x: torch.Tensor) -> torch.Tensor:
         return functional.pad(x, self.border, mode=self.border_mode) if self.border else x
+
+
+def _tuple(value: Any, rank: int) -> tuple[int, ...]:
+    members = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    return members * rank if len(members) == 1 else members
+
+
+def _paddings(
+    padding: Any, rank: int, kernel: tuple[int, ...], dilation: tuple[int, ...]
+) -> list[tuple[int, int]]:
+    """Zeros before and after each axis; "same" puts the odd one behind, as torch does."""
+    if padding == "same":
+        totals = [d * (k - 1) for k, d in zip(kernel, dilation, strict=True)]
+        return [(total // 2, total - total // 2) for total in totals]
+    sizes = (0,) * rank if padding == "valid" else _tuple(padding, rank)
+    return [(size, size) for size in sizes]
 
 
 Product = LinearProduct | ConvProduct

@@ -5,6 +5,7 @@
 =====================  ==========================================================================
 functionalize          in-place ops become out-of-place, readers are re-pointed
 normalize              functional dropout and batch norm become modules
+functional_layers      F.linear and F.conv… on parameters become layers
 annotate               every layer gets a plan or a reason (the only place of policy)
 residual               adds and average pools become operators, where the config says so
 fold                   a layer and the batch norm that alone reads it become one call
@@ -30,6 +31,7 @@ from .annotate import Annotate
 from .base import Pass, run_passes
 from .convert import ConvertActivations, ConvertLayers, DropDropout
 from .fold import FoldBatchNorm, SplitBatchNorm
+from .functional_layers import FunctionalLayers
 from .functionalize import Functionalize
 from .hoist import Hoist
 from .insert import Insert
@@ -46,6 +48,7 @@ def prepare_passes(mapping: QConfigMapping) -> tuple[Pass, ...]:
     return (
         Functionalize(),
         Normalize(),
+        FunctionalLayers(),
         Annotate(mapping),
         QuantizeResiduals(mapping),
         FoldBatchNorm(),

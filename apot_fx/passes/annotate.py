@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from ..config import ActivationSpec, QConfig, QConfigMapping, WeightSpec
 from ..graph import called_module, value_kind
-from ..nn import PREPARED
+from ..nn import PREPARED, FunctionalLayer
 from .base import Pass
 from .functionalize import is_functional
 from .report import PassReport
@@ -29,6 +29,7 @@ _WITH_WEIGHTS = (
     nn.EmbeddingBag,
     nn.RNNBase,
     nn.MultiheadAttention,
+    FunctionalLayer,
 )
 
 
@@ -67,7 +68,7 @@ class Annotate(Pass):
             layer = stage.get_submodule(name)
             config = self.mapping.resolve(
                 name,
-                type(layer),
+                getattr(layer, "stands_for", type(layer)),
                 first=any(node in outer.first for node in nodes),
                 last=any(node in outer.last for node in nodes),
             )
@@ -113,13 +114,14 @@ def _why_float(
         return "the config leaves it in float"
     if any(node.meta.get("pinned") for node in nodes):
         return "it reads or writes a tensor that is mutated in place"
+    takes = 5 if isinstance(layer, FunctionalLayer) else 1
     fed = all(
-        len(node.args) == 1 and not node.kwargs and isinstance(node.args[0], fx.Node)
+        len(node.args) == takes and not node.kwargs and isinstance(node.args[0], fx.Node)
         for node in nodes
     )
     if not fed or any(value_kind(node.args[0]) != "tensor" for node in nodes):  # type: ignore[arg-type]
         return "it is not called with one tensor"
-    if next(iter(layer.parameters())).dtype.is_floating_point is False:
+    if any(not parameter.is_floating_point() for parameter in layer.parameters()):
         return "its weight is not real floating point"
     return ""
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
+from collections import Counter
+from collections.abc import Iterator
 from typing import Any
 
+import torch
 import torch.nn.functional as functional
 from torch import fx, nn
 
@@ -32,6 +35,7 @@ from ..nn import (
     ThroughFloat,
 )
 from .base import Pass
+from .functional_layers import computed_operands
 from .grammar import is_converted, is_hoisted, is_prepared
 from .index_ops import DROPOUT_MODULES, FLOAT_ONLY, bounds, index_op
 from .insert import ACTIVATION
@@ -148,15 +152,18 @@ class ConvertLayers(Pass):
         converted: dict[tuple[Any, ...], str] = {}
         aliases = module_aliases(stage)
         norms: set[str] = set()
+        floats = {source for node in stage.graph.nodes for source in _float_operands(node)}
         # Listed first: converting one call of a shared layer replaces it under its name.
         calls = [(node, called_module(stage, node)) for node in stage.graph.nodes]
+        operands = _Operands(stage, [layer for _, layer in calls])
         for node, layer in calls:
             if not isinstance(layer, PreparedOp):
                 continue
+            weight_and_bias = operands.take(node, layer)
             grid, norm = _module_args(node)
             key = (id(layer), grid, norm)
             if key not in converted:
-                module = _convert(layer, _get(stage, grid), _get(stage, norm))
+                module = _convert(layer, _get(stage, grid), _get(stage, norm), *weight_and_bias)
                 if isinstance(module, ConvertedLayer):
                     module.weight.keep_decoded = not self.low_memory
                 converted[key] = _register(stage, module, str(node.target), aliases[id(layer)])
@@ -167,6 +174,7 @@ class ConvertLayers(Pass):
             node.target = converted[key]
             _write_readers(stage, node, emissions.get(node, []), name)
         _remove_leftovers(stage, norms)
+        _remove_floats(stage, floats)
 
 
 def _emissions(stage: StageModule) -> dict[fx.Node, list[_Emission]]:
@@ -189,14 +197,14 @@ def _emissions(stage: StageModule) -> dict[fx.Node, list[_Emission]]:
 
 def _module_args(node: fx.Node) -> tuple[str, str]:
     """Names of the fake-quant and the batch norm in ``layer(x, fake_quant, batch_norm)``."""
-    places = (*node.args[1:], None, None)
-    grid, norm = (str(arg.target) if isinstance(arg, fx.Node) else "" for arg in places[:2])
+    places = (argument(node, 1, "fake_quant"), argument(node, 2, "batch_norm"))
+    grid, norm = (str(arg.target) if isinstance(arg, fx.Node) else "" for arg in places)
     return grid, norm
 
 
-def _convert(op: PreparedOp, *modules: nn.Module | None) -> ConvertedOp:
+def _convert(op: PreparedOp, *arguments: Any) -> ConvertedOp:
     converted = next(kind for prepared, kind in CONVERTED if isinstance(op, prepared))
-    made: ConvertedOp = converted(op, *modules)
+    made: ConvertedOp = converted(op, *arguments)
     return made.train(op.training)
 
 
@@ -267,6 +275,56 @@ def _results(node: fx.Node, count: int) -> list[fx.Node]:
         with node.graph.inserting_after(results[-1] if results else node):
             results.append(node.graph.call_function(operator.getitem, (node, position)))
     return results
+
+
+class _Operands:
+    """Computed weights and biases, taken out of the graph one call at a time.
+
+    Kept only for layers with several calls: a model's weights need not all be held at once.
+    """
+
+    def __init__(self, stage: StageModule, called: list[nn.Module | None]) -> None:
+        self.stage = stage
+        counts = Counter(id(layer) for layer in called)
+        self.shared = {layer for layer, count in counts.items() if count > 1}
+        self.kept: dict[int, tuple[torch.Tensor | None, ...]] = {}
+
+    def take(self, call: fx.Node, layer: nn.Module) -> tuple[torch.Tensor | None, ...]:
+        found = self.kept.get(id(layer))
+        if found is None:
+            found = computed_operands(self.stage, call)
+            if id(layer) in self.shared:
+                self.kept[id(layer)] = found
+        sources = [arg for arg in call.args[3:] if isinstance(arg, fx.Node)]
+        call.args = call.args[:3]
+        for node in sources:
+            sources.extend(n for n in node.all_input_nodes if n not in sources)
+            if not node.users:
+                call.graph.erase_node(node)
+        return found
+
+
+def _float_operands(call: fx.Node) -> Iterator[str]:
+    """Names of the parameters and modules that a call's own weight and bias are computed from."""
+    pending = [arg for arg in call.args[3:] if isinstance(arg, fx.Node)]
+    for node in pending:
+        pending.extend(n for n in node.all_input_nodes if n not in pending)
+        if not node.all_input_nodes:
+            yield str(node.target)
+
+
+def _remove_floats(stage: StageModule, names: set[str]) -> None:
+    """Drop parameters (and parametrizations) whose values are packed now and that nobody reads."""
+    read = {str(n.target) for n in stage.graph.nodes if n.op in ("get_attr", "call_module")}
+    modules = dict(stage.named_modules(remove_duplicate=False))
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        above = {name[:end] for end, letter in enumerate(name) if letter == "."} & read
+        owner = modules.get(parent)
+        if name in read or above or owner is None or isinstance(owner, ConvertedOp):
+            continue
+        for registry in (owner._parameters, owner._buffers, owner._modules):
+            registry.pop(leaf, None)
 
 
 def _remove_leftovers(stage: StageModule, norms: set[str]) -> None:

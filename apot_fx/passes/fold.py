@@ -5,13 +5,15 @@ In train the call runs batch norm live, so statistics and gradients are the user
 
 from __future__ import annotations
 
+import torch
 from torch import fx, nn
 
-from ..graph import called_module, describe_call
+from ..graph import argument, called_module, describe_call
 from ..nn import PreparedLayer, can_fold
 from ..nn.fold import BATCH_NORMS
 from .annotate import plan_of
 from .base import Pass
+from .functional_layers import computed_operands
 from .functionalize import is_functional
 from .report import PassReport
 from .stage import StageModule, info, next_id, set_info
@@ -60,14 +62,13 @@ class SplitBatchNorm(Pass):
     def run(self, stage: StageModule, report: PassReport) -> None:
         for node in list(stage.graph.nodes):
             layer = called_module(stage, node)
-            if not isinstance(layer, PreparedLayer) or not layer.norm_apart or len(node.args) < 3:
+            norm = argument(node, 2, "batch_norm")
+            if not isinstance(layer, PreparedLayer) or not layer.norm_apart or norm is None:
                 continue
-            norm = node.args[2]
-            assert isinstance(norm, fx.Node)
             with stage.graph.inserting_after(node):
                 call = stage.graph.call_module(str(norm.target))
             node.replace_all_uses_with(call)
-            call.args, node.args = (node,), node.args[:2]
+            call.args, node.args = (node,), (*node.args[:2], None, *node.args[3:])
             set_info(call, info(node))
             set_info(node, id=next_id(stage.graph))
             report.change(node, f"batch norm {norm.target} computes apart from it")
@@ -83,14 +84,16 @@ def _why_not(stage: StageModule, layer_node: fx.Node, node: fx.Node, calls: int)
         return f"the layer is called {calls} times"
     if node.kwargs or len(node.args) != 1 or node.meta.get("pinned"):
         return "batch norm is not called with one tensor"
-    return can_fold(layer, norm)
+    weight = (computed_operands(stage, layer_node) or (layer.weight,))[0]
+    assert isinstance(weight, torch.Tensor)
+    return can_fold(layer, norm, weight)
 
 
 def _join(layer_node: fx.Node, norm_node: fx.Node) -> None:
     graph = layer_node.graph
     with graph.inserting_before(layer_node):
         norm = graph.get_attr(str(norm_node.target))
-    layer_node.args = (layer_node.args[0], None, norm)
+    layer_node.args = (layer_node.args[0], None, norm, *layer_node.args[3:])
     layer = info(layer_node).layer
     set_info(layer_node, info(norm_node), layer=layer)
     norm_node.replace_all_uses_with(layer_node)

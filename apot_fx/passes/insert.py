@@ -10,6 +10,7 @@ from ..graph import called_module, module_aliases, replace_argument, set_submodu
 from ..nn import PREPARED, PreparedLayer
 from .annotate import plan_of
 from .base import Pass
+from .functional_layers import computed_operands
 from .grammar import is_prepared
 from .report import PassReport
 from .share import GROUP, UNSIGNED
@@ -40,7 +41,8 @@ class Insert(Pass):
             assert isinstance(layer, nn.Module)
             if plan.weight is not None and not isinstance(layer, PreparedLayer):
                 name = str(node.target)
-                prepared = PREPARED[type(layer)].take_over(layer, plan.weight, name)
+                weight = computed_operands(stage, node)[:1]
+                prepared = PREPARED[type(layer)].take_over(layer, plan.weight, name, *weight)
                 for alias in aliases[id(layer)]:
                     set_submodule(stage, alias, prepared)
                 report.change(name, f"weight on {plan.weight.describe()}")

@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from ..errors import TraceError
@@ -190,6 +191,8 @@ class ApotTracer(fx.Tracer):
             return True
         if "forward" in m.__dict__:
             return False  # replaced on the instance: it computes what that says
+        if is_parametrized(m):
+            return False  # its class is a made one; the layer below it computes
         return super().is_leaf_module(m, module_qualified_name)
 
     def call_module(

@@ -8,6 +8,7 @@ from ..errors import ConfigError, did_you_mean
 from ..fake_quant import FakeQuantize
 from ..graph import called_module, describe_call, value_kind
 from ..nn import ConvertedLayer, PreparedLayer, Quantize
+from ..passes.functional_layers import constants
 from ..passes.index_ops import bounds
 from ..passes.stage import StageModule, info
 from ..table import Table
@@ -21,11 +22,13 @@ def explain(stage: StageModule, node: str | None = None) -> Table:
     Raises ConfigError (did you mean …) where ``node`` names nothing.
     """
     reasons = {note.where: note.what for report in stage.apot.reports for note in report.left}
+    weights = constants(stage)
     rows = [
         _row(stage, call, reasons)
         for call in stage.graph.nodes
         if call.op in ("call_module", "call_function", "call_method")
         and value_kind(call) != "other"
+        and call not in weights
         and (info(call).reason or not call.meta.get("keep"))
     ]
     called = {row["name"] for row in rows}
@@ -78,7 +81,7 @@ def _prepared_row(stage: StageModule, call: fx.Node, layer: PreparedLayer) -> di
     why = f"batch norm {norm.target} folded" if isinstance(norm, fx.Node) else ""
     return _cells(
         str(call.target),
-        layer.float_type.__name__,
+        layer.kind,
         "quantized",
         layer.weight_fake_quant.spec.describe(),
         inputs,
@@ -105,7 +108,7 @@ def _notes(stage: StageModule) -> list[str]:
         for m in stage.modules()
         if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) and not isinstance(m, PreparedLayer)
     ]
-    inside = sum(layer.weight.numel() for layer in layers)
+    inside = sum(layer.weight_shape.numel() for layer in layers)
     total = inside + sum(int(layer.get_parameter("weight").numel()) for layer in others)
     share = f"{100 * inside / total:.1f} %" if total else "none"
     return [f"{len(layers)} of {len(layers) + len(others)} layers quantized, {share} of weights"]

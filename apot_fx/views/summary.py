@@ -32,8 +32,9 @@ def summary(stage: StageModule) -> Table:
             continue
         row = _row(name, layer)
         rows.append(row)
-        if id(layer.weight) not in seen:
-            seen.add(id(layer.weight))
+        stored = layer.weight if isinstance(layer, ConvertedLayer) else layer.weight_fake_quant
+        if id(stored) not in seen:
+            seen.add(id(stored))
             packed += int(str(row["bytes"]))
             floats += int(str(row["float32 bytes"]))
     notes = [f"state_dict of the {stage.apot.kind} model: {stored_bytes(stage):,} bytes"]
@@ -50,14 +51,14 @@ def _row(name: str, layer: PreparedLayer | ConvertedLayer) -> dict[str, object]:
         inputs = "float" if layer.input_levels is None else str(layer.input_levels)
         scales = layer.s.numel() + layer.b.numel() + layer.weight.alpha.numel()
     else:
-        level_set, kind = layer.weight_fake_quant.known_level_set(), layer.float_type.__name__
+        level_set, kind = layer.weight_fake_quant.known_level_set(), layer.kind
         inputs = "see explain"
-        scales = 2 * len(layer.weight) + layer.weight_fake_quant.alpha.numel()
-    count = layer.weight.numel()
+        scales = 2 * layer.weight_shape[0] + layer.weight_fake_quant.alpha.numel()
+    count = layer.weight_shape.numel()
     values = (
         name,
         kind,
-        "x".join(map(str, layer.weight.shape)),
+        "x".join(map(str, layer.weight_shape)),
         str(level_set),
         level_set.bits,
         -(-count * level_set.bits // 8) + 4 * scales,
