@@ -24,6 +24,7 @@ from .levels import LevelSet
 from .parity import Verdict
 from .passes import ApotTracer
 from .passes.stage import StageModule
+from .passes.tree import stage_info
 from .pipeline import require_stage
 from .table import Table
 from .tensor import ApotTensor
@@ -66,7 +67,7 @@ def prepare_apot(
     config: str | QConfig | QConfigMapping = "w4a4",
     example_inputs: Any = None,
     inplace: bool = False,
-) -> StageModule:
+) -> nn.Module:
     """Put APoT observers and fake-quants into a model's graph.
 
     One prepared form serves post-training quantization (``calibrate``) and training
@@ -131,7 +132,7 @@ def convert_apot(
     backend: Literal["auto", "reference"] = "auto",
     low_memory: bool = False,
     inplace: bool = False,
-) -> StageModule:
+) -> nn.Module:
     """Lower a calibrated or trained model to packed indices; bit for bit what prepared computes.
 
     Args:
@@ -187,7 +188,7 @@ def check_parity(
     'bit-exact'
     """
 
-    def expected(stage: StageModule) -> StageModule:
+    def expected(stage: nn.Module) -> nn.Module:
         return pipeline.convert(stage, "reference", low_memory=True, inplace=False)
 
     return parity.check(
@@ -229,5 +230,6 @@ def summary(stage: nn.Module) -> Table:
     return views.summary(_any_stage(stage, "summary"))
 
 
-def _any_stage(stage: nn.Module, verb: str) -> StageModule:
-    return stage if isinstance(stage, StageModule) else require_stage(stage, "prepared", verb)
+def _any_stage(stage: nn.Module, verb: str) -> nn.Module:
+    known = isinstance(stage, nn.Module) and stage_info(stage) is not None
+    return stage if known else require_stage(stage, "prepared", verb)

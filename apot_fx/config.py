@@ -398,17 +398,10 @@ class QConfigMapping:
 
         ``module_type``: its class, or all that it goes by, nearest first.
         """
-        named = [top for top in self.names if _is_below(name, top)]
+        classes = _classes(module_type)
+        named = self._named(name, classes)
         if named:
-            return self.names[max(named, key=len)]
-        for regex, config in self.regexes.items():
-            if re.match(regex, name):
-                return config
-        single = module_type if isinstance(module_type, tuple) else (module_type,)
-        classes = [kind for one in single for kind in getattr(one, "__mro__", (one,))]
-        for kind in classes:
-            if kind in self.types:
-                return self.types[kind]
+            return named[0]
         paths = {f"{kind.__module__}.{kind.__name__}" for kind in classes}
         if self.global_types is not None and paths.isdisjoint(self.global_types):
             return None
@@ -416,6 +409,31 @@ class QConfigMapping:
         if self.global_config is None or isinstance(outer, Follow):
             return self.global_config
         return outer
+
+    def names_layer(
+        self, name: str, module_type: Callable[..., Any] | tuple[Callable[..., Any], ...]
+    ) -> bool:
+        """Whether a layer is chosen by its name or type, and not only by the global choice."""
+        return bool(self._named(name, _classes(module_type)))
+
+    def _named(self, name: str, classes: list[Callable[..., Any]]) -> list[QConfig | None]:
+        """The choice for a layer's name or type, nearest first."""
+        tops = sorted((top for top in self.names if _is_below(name, top)), key=len, reverse=True)
+        return [
+            *(self.names[top] for top in tops),
+            *(config for regex, config in self.regexes.items() if re.match(regex, name)),
+            *(self.types[kind] for kind in classes if kind in self.types),
+        ]
+
+    def check_quantizes(self) -> None:
+        """Raise ConfigError where every choice of this mapping is None."""
+        chosen = (self.global_config, self.first, self.last)
+        named = (*self.types.values(), *self.regexes.values(), *self.names.values())
+        if not any(isinstance(choice, QConfig) for choice in (*chosen, *named)):
+            raise ConfigError(
+                "this QConfigMapping quantizes nothing: every choice is None; start from "
+                "QConfigMapping.from_preset, or call set_global"
+            )
 
     def check_names(self, names: Iterable[str]) -> None:
         """Raise ConfigError for a name or regex of this mapping that matches none of ``names``."""
@@ -428,6 +446,14 @@ class QConfigMapping:
             if not any(re.match(regex, layer) for layer in layers):
                 hint = did_you_mean(regex, layers)
                 raise ConfigError(f"set_module_name_regex: {regex!r} matches no layer.{hint}")
+
+
+def _classes(
+    module_type: Callable[..., Any] | tuple[Callable[..., Any], ...],
+) -> list[Callable[..., Any]]:
+    """All that a layer goes by: its classes and their bases, nearest first."""
+    single = module_type if isinstance(module_type, tuple) else (module_type,)
+    return [kind for one in single for kind in getattr(one, "__mro__", (one,))]
 
 
 def _containers(layers: list[str]) -> list[str]:

@@ -29,6 +29,21 @@ class TraceError(ApotError, RuntimeError):
     """A model that the tracer can't follow."""
 
 
+class GuardError(TraceError):
+    """A graph is run on inputs for which the model would decide otherwise than while it was traced.
+
+    ``line``: the ``file.py:12`` that decides, or "".
+    """
+
+    def __init__(self, message: str, line: str = "") -> None:
+        super().__init__(message)
+        self.line = line
+
+
+class ModelError(ApotError, RuntimeError):
+    """The user's own model fails, in float, on the inputs that came with it."""
+
+
 class StageError(ApotError, RuntimeError):
     """A float, prepared or converted model where another stage was wanted."""
 

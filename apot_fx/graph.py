@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
@@ -107,6 +108,15 @@ def set_submodule(owner: nn.Module, name: str, module: nn.Module) -> None:
     """Put ``module`` at a dotted path whose parent exists."""
     parent, _, leaf = name.rpartition(".")
     setattr(owner.get_submodule(parent), leaf, module)
+
+
+def substitute(owners: Iterable[nn.Module], new: Mapping[int, nn.Module]) -> None:
+    """Put modules in the place of others (by ``id``), wherever these are registered."""
+    for owner in owners:
+        for module in list(owner.modules()):
+            for name, child in module._modules.items():
+                if id(child) in new:
+                    module._modules[name] = new[id(child)]
 
 
 def module_aliases(owner: nn.Module) -> dict[int, list[str]]:

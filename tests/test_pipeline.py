@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,7 +21,6 @@ from apot_fx.errors import (
     StageError,
     StateError,
     TensorError,
-    TraceError,
 )
 from tests.nets import Branches, Mlp, branches, calibrated, mlp, seeded
 
@@ -393,13 +393,24 @@ def test_prepare_refuses() -> None:
         apot_fx.prepare_apot(model)
 
 
-def test_untraceable_root_names_the_line() -> None:
+def test_untraceable_root_is_kept_and_names_the_line() -> None:
     class Decides(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            return x if x.sum() > 0 else -x
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU())
+            self.head = nn.Linear(8, 2)
 
-    with pytest.raises(TraceError, match=r"test_pipeline.py:\d+"):
-        apot_fx.prepare_apot(Decides())
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.body(x)) if x.sum() > 0 else -x
+
+    model, x = Decides().eval(), torch.rand(3, 4)
+    prepared = apot_fx.prepare_apot(model)
+    assert type(prepared) is Decides and prepared.state_dict().keys() > model.state_dict().keys()
+    apot_fx.calibrate(prepared, [x])
+    converted = apot_fx.convert_apot(prepared)
+    assert apot_fx.check_parity(prepared, converted, [x, -x]).ok
+    why = apot_fx.explain(prepared, "(root)").rows[0]["why"]
+    assert re.search(r"test_pipeline.py:\d+", str(why))
 
 
 def test_convert_refuses() -> None:

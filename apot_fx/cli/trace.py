@@ -14,12 +14,13 @@ def add_arguments(command: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     from ..api import explain, prepare_apot
+    from ..passes.tree import joined, reports
     from .loading import load_model
 
     prepared = prepare_apot(load_model(options.model), options.config)
     rows: list[dict[str, object]] = [
-        {"pass": report.name, "": kind, "where": note.where, "what": note.what}
-        for report in prepared.apot.reports
+        {"pass": report.name, "": kind, "where": joined(path, note.where), "what": note.what}
+        for path, report in reports(prepared)
         for kind, notes in (("changed", report.changed), ("left", report.left))
         for note in notes
     ]

@@ -3,7 +3,8 @@
 ``op`` says what all have in common, ``quantize`` how results leave a converted operator.
 ``products`` (multiply-accumulate kinds) and ``fold`` (scale, bias, batch norm) are the arithmetic
 that both stages of a layer share; ``prepared`` and ``converted`` hold the layers, ``add`` and
-``pool`` a pair each. Files import only those named before them here.
+``pool`` a pair each; ``recurrence`` and ``recurrent`` the recurrent layers, and ``standalone`` the
+layers that Python code calls rather than a graph. Files import only those named before them here.
 """
 
 from .add import ConvertedAdd, PreparedAdd
@@ -13,6 +14,14 @@ from .pool import ConvertedPool, Pool, PreparedPool
 from .prepared import PREPARED, FunctionalLayer, PreparedFunctional, PreparedLayer, can_fold
 from .products import ConvProduct, LinearProduct
 from .quantize import Quantize, Reader
+from .recurrent import RECURRENT, ConvertedRecurrent, PreparedRecurrent
+from .standalone import (
+    STANDALONE,
+    convert_standalone,
+    has_hooks,
+    input_fake_quants,
+    prepare_standalone,
+)
 from .through_float import ThroughFloat
 
 #: Which converted operator takes a prepared one's place.
@@ -25,11 +34,14 @@ CONVERTED: tuple[tuple[type[PreparedOp], type[ConvertedOp]], ...] = (
 __all__ = [
     "CONVERTED",
     "PREPARED",
+    "RECURRENT",
+    "STANDALONE",
     "ConvProduct",
     "ConvertedAdd",
     "ConvertedLayer",
     "ConvertedOp",
     "ConvertedPool",
+    "ConvertedRecurrent",
     "FunctionalLayer",
     "LinearProduct",
     "Pool",
@@ -38,8 +50,13 @@ __all__ = [
     "PreparedLayer",
     "PreparedOp",
     "PreparedPool",
+    "PreparedRecurrent",
     "Quantize",
     "Reader",
     "ThroughFloat",
     "can_fold",
+    "convert_standalone",
+    "has_hooks",
+    "input_fake_quants",
+    "prepare_standalone",
 ]

@@ -14,7 +14,8 @@ from ..tensor import ApotTensor, keep_float32
 from .fold import scale_and_bias
 from .op import ConvertedOp
 from .prepared import PreparedLayer
-from .products import EXACT_SUM, Product
+from .products import EXACT_SUM, Product, largest_sum
+from .quantize import Quantize
 
 
 class ConvertedLayer(ConvertedOp):
@@ -57,23 +58,21 @@ class ConvertedLayer(ConvertedOp):
         self.register_buffer("s", s)
         self.register_buffer("b", b)
         self.folds_batch_norm = batch_norm is not None
-        self.wide = self._largest_sum() > EXACT_SUM
+        self.wide = False
+        if self.input_levels is not None:
+            self.wide = largest_sum(self.weight.levels(), self.input_levels) > EXACT_SUM
+            self.weight.drop_cache()
+
+    def own_input(self, fake_quant: FakeQuantize | None) -> None:
+        """Become standalone: take float and quantize it, by child ``quantize``."""
+        self.standalone = True
+        if fake_quant is not None:
+            quantize = Quantize(fake_quant.alpha, fake_quant.known_level_set())
+            self.add_module("quantize", quantize)
 
     @property
     def weight_shape(self) -> torch.Size:
         return torch.Size(self.weight.shape)
-
-    def _largest_sum(self) -> float:
-        """The largest partial sum that any input can give, from the weights themselves."""
-        if self.input_levels is None:
-            return 0.0
-        rows = self.weight.levels().flatten(1).double()
-        self.weight.drop_cache()
-        positive, negative = rows.clamp(min=0).sum(1), rows.clamp(max=0).neg().sum(1)
-        worst = (
-            positive + negative if self.input_levels.signed else torch.maximum(positive, negative)
-        )
-        return self.input_levels.unit * float(worst.max()) if worst.numel() else 0.0
 
     def compute(self, x: torch.Tensor) -> torch.Tensor:
         if self.folds_batch_norm and not self.product.channels_meet_batch_norm(x):
@@ -81,6 +80,9 @@ class ConvertedLayer(ConvertedOp):
                 f"{self.kind} with batch norm folded in got {x.dim()}-d input, whose channels "
                 "batch norm would not see; calibrate with such input before convert_apot"
             )
+        own = self._modules.get("quantize")
+        if own is not None:
+            x = own(x)
         size, weight = self.weight.group_size, self.weight.levels()
         if self.input_spec:
             x = torch.ops.apot_fx.levels(x, self.input_spec)

@@ -15,8 +15,11 @@ class PreparedOp(nn.Module):
     """An operator on quantized inputs; called as ``op(x, fake_quant, batch_norm)``.
 
     ``x`` is a value on ``fake_quant``'s grid, or a tuple of them. Modules are passed, not stored,
-    since one operator may be called at several nodes.
+    since one operator may be called at several nodes. A ``standalone`` one instead owns the
+    fake-quants of its inputs and is called as the float layer is.
     """
+
+    standalone: bool = False
 
 
 class ConvertedOp(nn.Module):
@@ -26,6 +29,7 @@ class ConvertedOp(nn.Module):
     network's speed, so it belongs to the operator, and no float tensor shows in the graph.
     """
 
+    standalone: bool = False
     input_spec: str  # level set of the input's indices; "" where the input is float
 
     @abc.abstractmethod

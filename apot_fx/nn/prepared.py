@@ -66,6 +66,11 @@ class PreparedLayer(PreparedOp):
         """The float layer with another weight."""
         raise NotImplementedError
 
+    @property
+    def own_fake_quant(self) -> FakeQuantize | None:
+        """Its input's, child ``activation_post_process``; only standalone layers have it."""
+        return self._modules.get("activation_post_process")  # type: ignore[return-value]
+
     def operands(
         self, weight: torch.Tensor | None, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -85,6 +90,9 @@ class PreparedLayer(PreparedOp):
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         w, b = self.operands(weight, bias)
+        own = self.own_fake_quant
+        if own is not None:
+            x, fake_quant = own(x), own
         if batch_norm is not None and not self.product.channels_meet_batch_norm(x):
             self.norm_apart = True
         if self.training or not self._is_exact(fake_quant):
@@ -161,6 +169,9 @@ class PreparedLayer(PreparedOp):
 
         In eval, of the same input. 0.0 where the layer is not in its integer form.
         """
+        own = self.own_fake_quant
+        if own is not None:
+            x, fake_quant = own(x), own
         if not self._is_exact(fake_quant) or (batch_norm and not self._folds(x, batch_norm)):
             return 0.0
         operands = self.operands(weight, bias)

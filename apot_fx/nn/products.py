@@ -13,8 +13,18 @@ import torch
 import torch.nn.functional as functional
 from torch import nn
 
+from ..levels import LevelSet
+
 #: Sums of integers up to here are exact in float32.
 EXACT_SUM = 2**24
+
+
+def largest_sum(levels: torch.Tensor, inputs: LevelSet) -> float:
+    """The largest partial sum that any input can give, from the weights themselves."""
+    rows = levels.flatten(1).double()
+    positive, negative = rows.clamp(min=0).sum(1), rows.clamp(max=0).neg().sum(1)
+    worst = positive + negative if inputs.signed else torch.maximum(positive, negative)
+    return inputs.unit * float(worst.max()) if worst.numel() else 0.0
 
 
 @dataclasses.dataclass(frozen=True)

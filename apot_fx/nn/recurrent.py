@@ -19,11 +19,10 @@ from torch.nn.utils.rnn import PackedSequence
 from ..config import QConfig
 from ..errors import TensorError
 from ..fake_quant import EXACT_UNIT, FakeQuantize
-from ..levels import LevelSet
 from ..tensor import ApotTensor, keep_float32
 from .fold import scale_and_bias
 from .op import ConvertedOp, PreparedOp, with_gradient_of
-from .products import EXACT_SUM, LinearProduct
+from .products import EXACT_SUM, LinearProduct, largest_sum
 from .quantize import Quantize
 from .recurrence import Products, Recurrence, Steps
 
@@ -69,7 +68,13 @@ class PreparedRecurrent(PreparedOp):
     product's inputs of all steps.
     """
 
+    standalone = True
     float_type: ClassVar[type[nn.Module]]
+
+    @property
+    def kind(self) -> str:
+        """What the layer computes, for people."""
+        return self.float_type.__name__
 
     @classmethod
     def take_over(
@@ -274,6 +279,7 @@ class ConvertedRecurrent(ConvertedOp):
     (:class:`Quantize`) for its input.
     """
 
+    standalone = True
     input_spec = ""
 
     def __init__(self, layer: PreparedRecurrent, low_memory: bool) -> None:
@@ -295,7 +301,13 @@ class ConvertedRecurrent(ConvertedOp):
             if grid is not None:
                 known = grid.known_level_set()
                 self.add_module(f"quantize_{key}", Quantize(grid.alpha, known))
-                self.wide[key] = _largest_sum(weight, known) > EXACT_SUM
+                self.wide[key] = largest_sum(weight.levels(), known) > EXACT_SUM
+                weight.drop_cache()
+
+    @property
+    def weights(self) -> dict[str, ApotTensor]:
+        """The packed weights, by name."""
+        return {n: part for n, part in self._modules.items() if isinstance(part, ApotTensor)}
 
     def forward(  # type: ignore[override]
         self, input: torch.Tensor | PackedSequence, hx: Any = None
@@ -334,12 +346,3 @@ class ConvertedRecurrent(ConvertedOp):
     def extra_repr(self) -> str:
         inputs = "integer" if "quantize_" in "".join(self._modules) else "float"
         return f"{self.recurrence.kind}, {inputs} activations"
-
-
-def _largest_sum(weight: ApotTensor, inputs: LevelSet) -> float:
-    """The largest partial sum that any input can give, from the weights themselves."""
-    rows = weight.levels().double()
-    weight.drop_cache()
-    positive, negative = rows.clamp(min=0).sum(1), rows.clamp(max=0).neg().sum(1)
-    worst = positive + negative if inputs.signed else torch.maximum(positive, negative)
-    return inputs.unit * float(worst.max())

@@ -1,4 +1,4 @@
-"""``check``: the whole comparison of a prepared stage with its converted one."""
+"""``check``: the whole comparison of a prepared model with its converted one."""
 
 from __future__ import annotations
 
@@ -8,36 +8,42 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ..batches import Forward, check_batches, evaluating, run_batch
 from ..errors import CalibrationError, StageError
 from ..fake_quant import FakeQuantize
 from ..graph import called_module
 from ..nn import ConvertedOp, PreparedLayer, PreparedOp, Quantize
-from ..passes.stage import NodeInfo, StageModule, info
-from .record import NodeFailure, recording
-from .stored import as_integers, compare_stored, ulp_distance
+from ..passes.stage import StageModule, info
+from ..passes.tree import joined, stage_info, stages, standalone
+from ..values import same_bits, tensor_pairs, unequal
+from .record import NodeFailure, Site, recording
+from .stored import compare_stored, ulp_distance
 from .verdict import Finding, Verdict
+
+#: Provenance of a value: path of the stage or layer, id of the node.
+Place = tuple[str, int | None]
 
 
 def check(
-    prepared: StageModule,
-    converted: StageModule,
+    prepared: nn.Module,
+    converted: nn.Module,
     batches: Iterable[Any],
     forward: Forward | None,
-    convert: Callable[[StageModule], StageModule],
+    convert: Callable[[nn.Module], nn.Module],
 ) -> Verdict:
     """Compare stored tensors, then the values of every batch.
 
-    ``convert`` makes the expected converted stage from prepared. Raises StageError where the two
+    ``convert`` makes the expected converted model from prepared. Raises StageError where the two
     do not belong together and CalibrationError where no batch, or an unusable one, comes.
     """
     _belong_together(prepared, converted)
     verdict = Verdict()
     verdict.stored.extend(compare_stored(convert(prepared), converted))
     comparison = _Comparison(prepared, converted, verdict)
-    call = forward or prepared.apot.forward or run_batch
+    known = stage_info(prepared)
+    call = forward or (known and known.forward) or run_batch
     count = 0
     with evaluating(prepared, converted), _observers_off(prepared):
         for batch in check_batches(batches):
@@ -49,16 +55,15 @@ def check(
     return verdict
 
 
-def _belong_together(prepared: StageModule, converted: StageModule) -> None:
-    mine = {info(n).layer for n in prepared.graph.nodes if _is(prepared, n, PreparedOp)}
-    theirs = {info(n).layer for n in converted.graph.nodes if _is(converted, n, ConvertedOp)}
-    same_class = prepared.apot.origin is converted.apot.origin
-    if mine != theirs or not same_class:
+def _belong_together(prepared: nn.Module, converted: nn.Module) -> None:
+    mine, theirs = (_quantized_layers(model) for model in (prepared, converted))
+    first, second = (known.origin for m in (prepared, converted) if (known := stage_info(m)))
+    if mine != theirs or first is not second:
         odd = sorted(mine ^ theirs)
         what = (
             f"layer {odd[0]!r} is quantized in only one of them"
             if odd
-            else (f"{prepared.apot.origin.__name__} and {converted.apot.origin.__name__}")
+            else f"{first.__name__} and {second.__name__}"
         )
         raise StageError(
             f"check_parity: the stages do not belong together ({what}); pass a prepared model and "
@@ -66,12 +71,21 @@ def _belong_together(prepared: StageModule, converted: StageModule) -> None:
         )
 
 
+def _quantized_layers(model: nn.Module) -> set[str]:
+    return set(standalone(model)) | {
+        joined(path, info(node).layer)
+        for path, stage in stages(model).items()
+        for node in stage.graph.nodes
+        if _is(stage, node, PreparedOp) or _is(stage, node, ConvertedOp)
+    }
+
+
 def _is(stage: StageModule, node: fx.Node, kind: type) -> bool:
     return isinstance(called_module(stage, node), kind)
 
 
 @contextmanager
-def _observers_off(prepared: StageModule) -> Iterator[None]:
+def _observers_off(prepared: nn.Module) -> Iterator[None]:
     """An enabled observer would move α while both stages are compared."""
     quants = [m for m in prepared.modules() if isinstance(m, FakeQuantize)]
     before = [quant.observer_enabled for quant in quants]
@@ -87,140 +101,148 @@ def _observers_off(prepared: StageModule) -> Iterator[None]:
 class _Comparison:
     """Findings per provenance, filled batch by batch."""
 
-    def __init__(self, prepared: StageModule, converted: StageModule, verdict: Verdict) -> None:
+    def __init__(self, prepared: nn.Module, converted: nn.Module, verdict: Verdict) -> None:
         self.prepared, self.converted, self.verdict = prepared, converted, verdict
-        self.findings: dict[int, Finding] = {}
-        self.unstable: dict[int, str] = {}
-        self.failed = False
+        self.findings: dict[Place, Finding] = {}
+        self.unstable: dict[Place, str] = {}
+        self.failure: Finding | None = None
 
     def run(self, call: Forward, batch: Any, number: int) -> None:
         """Prepared twice, then converted, each value compared as it comes."""
-        values: dict[int, Any] = {}
+        values: dict[tuple[Place, int], Any] = {}
 
-        def keep(node: fx.Node, found: NodeInfo, args: tuple[Any, ...], value: Any) -> None:
-            assert found.id is not None
-            values[found.id] = value.clone() if _is_pinned(node, value) else value
-            self._observe(node, found, args)
+        def keep(site: Site, value: Any) -> None:
+            values[site.place, site.turn] = value.clone() if _is_pinned(site, value) else value
 
-        def again(node: fx.Node, found: NodeInfo, args: tuple[Any, ...], value: Any) -> None:
-            assert found.id is not None
-            if not _same(values[found.id], value):
-                self.unstable.setdefault(found.id, node.name)
+        def again(site: Site, value: Any) -> None:
+            first = values.get((site.place, site.turn))
+            if not same_bits(first, value):
+                self.unstable.setdefault(site.place, site.name)
 
-        def compare(node: fx.Node, found: NodeInfo, args: tuple[Any, ...], value: Any) -> None:
-            assert found.id is not None
-            if found.id in values:
-                self._compare(node, found, values[found.id], value)
+        def compare(site: Site, value: Any) -> None:
+            if (site.place, site.turn) in values:
+                self._compare(site, values[site.place, site.turn], value)
 
-        self._call(self.prepared, keep, call, batch, number)
+        with _looking(self.prepared, self.verdict):
+            self._call(self.prepared, keep, call, batch, number)
         self._call(self.prepared, again, call, batch, number)
-        if not self.failed:
+        if self.failure is None:
             self._call(self.converted, compare, call, batch, number)
 
-    def _call(self, stage: StageModule, watch: Any, call: Forward, batch: Any, number: int) -> None:
+    def _call(self, model: nn.Module, watch: Any, call: Forward, batch: Any, number: int) -> None:
         try:
-            with recording(stage, watch):
-                call(stage, batch)
+            with recording(model, watch):
+                call(model, batch)
         except NodeFailure as problem:
-            if stage is self.prepared:
+            if model is self.prepared:
                 raise CalibrationError(
-                    f"batch {number} does not run through prepared: {problem.node.name}: "
+                    f"batch {number} does not run through prepared: {problem.site.name}: "
                     f"{problem.what}"
                 ) from problem.__cause__
-            finding = self._finding(problem.node, info(problem.node))
-            finding.problem = f"fails with {problem.what}"
-            self.failed = True
+            self._fail(self._finding(problem.site), problem.what)
         except CalibrationError as problem:
             raise CalibrationError(f"batch {number}: {problem}") from None
+        except Exception as problem:  # of the user's Python code between stages
+            what = f"{type(problem).__name__}: {(str(problem).splitlines() or [''])[0]}"
+            if model is self.prepared:
+                raise CalibrationError(
+                    f"batch {number} does not run through prepared: {what}"
+                ) from problem
+            self._fail(Finding("forward", "the model's own code"), what)
 
-    def _finding(self, node: fx.Node, found: NodeInfo) -> Finding:
-        kind = f"indices of {found.quantizer}" if found.quantizer else "float values"
-        number = -1 if found.id is None else found.id
-        return self.findings.setdefault(number, Finding(node.name, kind, found.layer))
+    def _fail(self, finding: Finding, what: str) -> None:
+        finding.problem = f"fails with {what}"
+        self.failure = finding
 
-    def _compare(self, node: fx.Node, found: NodeInfo, mine: Any, theirs: Any) -> None:
-        pairs = list(_tensor_pairs(mine, theirs))
+    def _finding(self, site: Site) -> Finding:
+        kind = f"indices of {site.quantizer}" if site.quantizer else "float values"
+        return self.findings.setdefault(site.place, Finding(site.name, kind, site.layer))
+
+    def _compare(self, site: Site, mine: Any, theirs: Any) -> None:
+        pairs = list(tensor_pairs(mine, theirs))
         if not pairs:
             return
-        finding = self._finding(node, found)
-        quantizer = self.converted.get_submodule(found.quantizer) if found.quantizer else None
+        finding = self._finding(site)
+        quantizer = self.converted.get_submodule(site.quantizer) if site.quantizer else None
         for first, second in pairs:
             _compare_values(finding, first, second, quantizer)
 
-    def _observe(self, node: fx.Node, found: NodeInfo, args: tuple[Any, ...]) -> None:
-        """Count NaN inputs, and note how far the train form is from the integer form."""
-        module = called_module(self.prepared, node)
-        if isinstance(module, FakeQuantize):
-            self.verdict.nan_inputs += int(args[0].isnan().sum())
-        elif isinstance(module, PreparedLayer):
-            apart = module.distance_of_forms(*args)
-            before = self.verdict.train_form.get(found.layer, 0.0)
-            self.verdict.train_form[found.layer] = max(before, apart)
-
     def finish(self) -> None:
-        order = [info(node).id for node in self.converted.graph.nodes]
-        self.verdict.nodes.extend(
-            self.findings[number] for number in order if number in self.findings
-        )
-        if -1 in self.findings:
-            self.verdict.nodes.append(self.findings[-1])
+        findings, failed = dict(self.findings), self.failure
+        for path, stage in stages(self.converted).items():
+            for node in stage.graph.nodes:
+                found = findings.pop((path, info(node).id), None)
+                if found is not None:
+                    self.verdict.nodes.append(found)
+        self.verdict.nodes.extend(findings.values())
+        if failed is not None and not any(found is failed for found in self.verdict.nodes):
+            self.verdict.nodes.append(failed)
         self.verdict.unstable.extend(self.unstable.values())
-        for node in self.converted.graph.nodes:
-            layer = info(node).layer
-            quantized = isinstance(called_module(self.converted, node), ConvertedOp)
-            if quantized and not self._is_covered(node) and layer not in self.verdict.uncovered:
-                self.verdict.uncovered.append(layer)
+        self.verdict.uncovered.extend(dict.fromkeys(self._uncovered()))
 
-    def _is_covered(self, node: fx.Node) -> bool:
+    def _uncovered(self) -> Iterator[str]:
+        for path, stage in stages(self.converted).items():
+            for node in stage.graph.nodes:
+                layer = called_module(stage, node)
+                quantized = isinstance(layer, ConvertedOp) and not layer.standalone
+                if quantized and not self._is_covered(path, stage, node):
+                    yield joined(path, info(node).layer)
+        for path in standalone(self.converted):
+            if not self._has_values((path, None)):
+                yield path
+
+    def _has_values(self, place: Place) -> bool:
+        finding = self.findings.get(place)
+        return finding is not None and finding.values > 0
+
+    def _is_covered(self, path: str, stage: StageModule, node: fx.Node) -> bool:
         """Whether its values, or what index ops made of them, were compared."""
         pending = [node]
         while pending:
             current = pending.pop()
-            number = info(current).id
-            finding = None if number is None else self.findings.get(number)
-            if finding is not None and finding.values:
+            if self._has_values((path, info(current).id)):
                 return True
             pending.extend(
                 user
                 for user in current.users
                 if user.target is operator.getitem
                 or info(user).layer == info(node).layer
-                or (info(user).quantizer and not _is(self.converted, user, ConvertedOp))
+                or (info(user).quantizer and not _is(stage, user, ConvertedOp))
             )
         return False
 
 
-def _is_pinned(node: fx.Node, value: Any) -> bool:
-    """Whether a later node may write into the value."""
-    return bool(node.meta.get("pinned")) and isinstance(value, torch.Tensor)
+@contextmanager
+def _looking(prepared: nn.Module, verdict: Verdict) -> Iterator[None]:
+    """Count NaN inputs of quantizers, and note how far train forms are from integer forms."""
+    handles = []
+
+    def count_nan(module: nn.Module, args: tuple[Any, ...]) -> None:
+        verdict.nan_inputs += int(args[0].isnan().sum())
+
+    def measure(name: str) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Any, ...]) -> None:
+            apart = module.distance_of_forms(*args)
+            verdict.train_form[name] = max(verdict.train_form.get(name, 0.0), apart)
+
+        return hook
+
+    for name, module in prepared.named_modules():
+        if isinstance(module, FakeQuantize) and module.observer is not None:
+            handles.append(module.register_forward_pre_hook(count_nan))
+        elif isinstance(module, PreparedLayer):
+            handles.append(module.register_forward_pre_hook(measure(name)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
-def _tensor_pairs(mine: Any, theirs: Any) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-    """Tensors at the same place of two values (nested tuples, lists and dicts)."""
-    if isinstance(mine, torch.Tensor) and isinstance(theirs, torch.Tensor):
-        yield mine, theirs
-    elif isinstance(mine, (tuple, list)) and isinstance(theirs, (tuple, list)):
-        for first, second in zip(mine, theirs, strict=False):
-            yield from _tensor_pairs(first, second)
-    elif isinstance(mine, dict) and isinstance(theirs, dict):
-        for key in mine:
-            if key in theirs:
-                yield from _tensor_pairs(mine[key], theirs[key])
-
-
-def _same(mine: Any, theirs: Any) -> bool:
-    return all(
-        first.shape == second.shape and not _unequal(first, second).any()
-        for first, second in _tensor_pairs(mine, theirs)
-    )
-
-
-def _unequal(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-    """Where two tensors of one dtype differ in bits; any two NaNs are equal."""
-    unequal = as_integers(first) != as_integers(second)
-    if first.is_floating_point():
-        unequal = unequal & ~(first.isnan() & second.isnan())
-    return unequal
+def _is_pinned(site: Site, value: Any) -> bool:
+    """Whether later code may write into the value."""
+    pinned = site.node is None or bool(site.node.meta.get("pinned"))
+    return pinned and isinstance(value, torch.Tensor)
 
 
 def _compare_values(
@@ -240,10 +262,10 @@ def _compare_values(
             f"{tuple(theirs.shape)} {theirs.dtype}, expected {tuple(mine.shape)} {mine.dtype}"
         )
         return
-    unequal = _unequal(mine, theirs)
+    differ = unequal(mine, theirs)
     finding.values += mine.numel()
-    finding.differing += int(unequal.sum())
-    if not unequal.any() or mine.dtype != torch.float32:
+    finding.differing += int(differ.sum())
+    if not differ.any() or mine.dtype != torch.float32:
         return
     finding.ulp = max(finding.ulp, ulp_distance(mine, theirs))
     if isinstance(quantizer, Quantize):

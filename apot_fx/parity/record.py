@@ -2,27 +2,68 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 
 from ..passes.stage import NodeInfo, StageModule, info
+from ..passes.tree import joined, stages, standalone
 
-#: Called with a node, its NodeInfo, its positional arguments and its value.
-Watch = Callable[[fx.Node, NodeInfo, tuple[Any, ...], Any], None]
+
+@dataclasses.dataclass(frozen=True)
+class Site:
+    """Where a value was computed: a node of a stage, or a layer that Python code called.
+
+    ``path``: of the stage or layer in the model. ``turn``: how many calls of it came before.
+    ``node``: None for a layer.
+    """
+
+    path: str
+    turn: int
+    node: fx.Node | None = None
+
+    @property
+    def info(self) -> NodeInfo:
+        return NodeInfo(layer=self.path) if self.node is None else info(self.node)
+
+    @property
+    def place(self) -> tuple[str, int | None]:
+        """The same in every stage and every call."""
+        return self.path, self.info.id
+
+    @property
+    def name(self) -> str:
+        return self.path if self.node is None else joined(self.path, self.node.name)
+
+    @property
+    def layer(self) -> str:
+        """Qualified name of the quantized layer that computed the value, or ``""``."""
+        if self.node is None or not self.info.layer:
+            return self.info.layer
+        return joined(self.path, self.info.layer)
+
+    @property
+    def quantizer(self) -> str:
+        """Qualified name of the quantizer whose indices the value is, or ``""``."""
+        return joined(self.path, self.info.quantizer) if self.info.quantizer else ""
+
+
+#: Called with a value's site and the value.
+Watch = Callable[[Site, Any], None]
 
 
 class NodeFailure(Exception):
-    """A node of the stage under test raised; holds the node."""
+    """A node of the stage under test raised; holds its site."""
 
-    def __init__(self, node: fx.Node, problem: Exception) -> None:
+    def __init__(self, site: Site, problem: Exception) -> None:
         first_line = (str(problem).splitlines() or [""])[0]
         super().__init__(first_line)
-        self.node = node
+        self.site = site
         # fx appends to the arguments of an exception that passes through it; this stays.
         self.what = f"{type(problem).__name__}: {first_line}"
 
@@ -30,38 +71,55 @@ class NodeFailure(Exception):
 class _Recorder(fx.Interpreter):
     """Seeds the random state before each node by provenance, so that stages draw alike."""
 
-    def __init__(self, stage: StageModule, watch: Watch) -> None:
+    def __init__(self, stage: StageModule, path: str, watch: Watch) -> None:
         super().__init__(stage)
-        self.watch = watch
+        self.path, self.watch, self.turn = path, watch, -1
+
+    def run(self, *args: Any, **kwargs: Any) -> Any:
+        self.turn += 1
+        return super().run(*args, **kwargs)
 
     def run_node(self, n: fx.Node) -> Any:
-        found = info(n)
+        found, site = info(n), Site(self.path, self.turn, n)
         if found.id is not None:
             torch.manual_seed(found.id)
         try:
-            args, _ = self.fetch_args_kwargs_from_env(n)
             value = super().run_node(n)
+        except NodeFailure:
+            raise
         except Exception as problem:
-            raise NodeFailure(n, problem) from problem
+            raise NodeFailure(site, problem) from problem
         if found.id is not None:
-            self.watch(n, found, args, value)
+            self.watch(site, value)
         return value
 
 
 @contextmanager
-def recording(stage: StageModule, watch: Watch) -> Iterator[None]:
-    """While open, calling ``stage`` runs it node by node and tells ``watch`` every value.
+def recording(model: nn.Module, watch: Watch) -> Iterator[None]:
+    """While open, calling ``model`` tells ``watch`` the value of every node of its stages, and of
+    every standalone layer.
 
-    The stage is called as ever (hooks, a user's own ``forward(model, batch)``), which is why its
+    Stages are called as ever (hooks, a user's own ``forward(model, batch)``), which is why their
     ``forward`` is replaced rather than the call.
     """
+    with ExitStack() as stack:
+        for path, stage in stages(model).items():
+            stack.enter_context(_recorded(stage, path, watch))
+        for path, layer in standalone(model).items():
+            handle = layer.register_forward_hook(_teller(path, watch))
+            stack.callback(handle.remove)
+        yield
+
+
+@contextmanager
+def _recorded(stage: StageModule, path: str, watch: Watch) -> Iterator[None]:
     signature = inspect.signature(stage.forward)
-    recorder = _Recorder(stage, watch)
+    recorder = _Recorder(stage, path, watch)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        return recorder.run(*bound.args, *bound.kwargs.values())
+        return recorder.run(*_in_order(bound))
 
     vars(forward)["__signature__"] = signature  # run_batch reads it
     stage.__dict__["forward"] = forward
@@ -69,3 +127,17 @@ def recording(stage: StageModule, watch: Watch) -> Iterator[None]:
         yield
     finally:
         del stage.__dict__["forward"]
+
+
+def _in_order(bound: inspect.BoundArguments) -> list[Any]:
+    """One value per placeholder: ``*args`` and ``**kwargs`` are one each."""
+    return list(bound.arguments.values())
+
+
+def _teller(path: str, watch: Watch) -> Callable[..., None]:
+    turns = iter(range(2**62))
+
+    def tell(module: nn.Module, args: Any, result: Any) -> None:
+        watch(Site(path, next(turns)), result)
+
+    return tell

@@ -13,25 +13,32 @@ import torch
 from torch import fx, nn
 
 from ..levels import LevelSet
-from ..nn import ConvertedLayer, ConvertedPool, Quantize
+from ..nn import ConvertedLayer, ConvertedPool, ConvertedRecurrent, Quantize
 from ..passes.stage import StageModule, info
+from ..passes.tree import stages
 from ..tensor import ApotTensor
+from ..values import as_integers
 from .verdict import Finding
 
 
-def compare_stored(expected: StageModule, found: StageModule) -> Iterator[Finding]:
-    """Findings for every stored tensor and setting, the level tables and the graph."""
+def compare_stored(expected: nn.Module, found: nn.Module) -> Iterator[Finding]:
+    """Findings for every stored tensor and setting, the level tables and the graphs."""
     for module in found.modules():
         if isinstance(module, ApotTensor):
             module.drop_cache()
     yield from _compare_tensors(expected, found)
     yield from _compare_settings(expected, found)
-    yield _compare_graphs(expected, found)
+    graphs = stages(found)
+    for path, stage in stages(expected).items():
+        if path in graphs:
+            yield _compare_graphs(path, stage, graphs[path])
+        else:
+            yield Finding(path, "graph", problem="missing in converted")
     for level_set in sorted(_level_sets(found), key=lambda s: s.spec):
         yield _check_tables(level_set)
 
 
-def _tensors(stage: StageModule) -> dict[str, torch.Tensor]:
+def _tensors(stage: nn.Module) -> dict[str, torch.Tensor]:
     return dict(
         [
             *stage.named_parameters(remove_duplicate=False),
@@ -40,7 +47,7 @@ def _tensors(stage: StageModule) -> dict[str, torch.Tensor]:
     )
 
 
-def _compare_tensors(expected: StageModule, found: StageModule) -> Iterator[Finding]:
+def _compare_tensors(expected: nn.Module, found: nn.Module) -> Iterator[Finding]:
     wanted, given = _tensors(expected), _tensors(found)
     for name in [*wanted, *(extra for extra in given if extra not in wanted)]:
         finding = Finding(name, "stored tensor", _layer_of(name))
@@ -73,14 +80,6 @@ def _compare_bits(finding: Finding, wanted: torch.Tensor, given: torch.Tensor) -
         finding.ulp = ulp_distance(wanted, given)
 
 
-def as_integers(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's bits as integers (integers and bools as they are)."""
-    if not tensor.is_floating_point():
-        return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(sizes[tensor.element_size()])
-
-
 def ulp_distance(first: torch.Tensor, second: torch.Tensor) -> int:
     """Largest distance of two float32 tensors in units in the last place; NaN apart counts 2^32."""
 
@@ -101,6 +100,8 @@ def _settings(module: nn.Module) -> dict[str, Any]:
         keys = ("pool", "input_spec")
     elif isinstance(module, ConvertedLayer):
         keys = ("kind", "product", "output_dtype", "input_spec", "input_levels", "wide")
+    elif isinstance(module, ConvertedRecurrent):
+        keys = ("recurrence", "output_dtype", "wide")
     elif isinstance(module, Quantize):
         keys = ("level_set", "level_spec")
     elif isinstance(module, ApotTensor):
@@ -110,7 +111,7 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     return {key: getattr(module, key) for key in keys}
 
 
-def _compare_settings(expected: StageModule, found: StageModule) -> Iterator[Finding]:
+def _compare_settings(expected: nn.Module, found: nn.Module) -> Iterator[Finding]:
     modules = dict(found.named_modules())
     for name, module in expected.named_modules():
         wanted = _settings(module)
@@ -126,10 +127,10 @@ def _compare_settings(expected: StageModule, found: StageModule) -> Iterator[Fin
         yield finding
 
 
-def _compare_graphs(expected: StageModule, found: StageModule) -> Finding:
+def _compare_graphs(path: str, expected: StageModule, found: StageModule) -> Finding:
     """Same calls on the same sources in the same order; names are display only."""
     wanted, given = _calls(expected), _calls(found)
-    finding = Finding("graph", "graph", values=len(wanted))
+    finding = Finding(path or "graph", "graph", values=len(wanted))
     for (node, mine), (other, theirs) in zip(wanted, given, strict=False):
         if mine != theirs:
             finding.where, finding.layer = other.name, info(other).layer
@@ -161,7 +162,7 @@ def _calls(stage: StageModule) -> list[tuple[fx.Node, tuple[Any, ...]]]:
     ]
 
 
-def _level_sets(stage: StageModule) -> set[LevelSet]:
+def _level_sets(stage: nn.Module) -> set[LevelSet]:
     found: set[LevelSet] = set()
     for module in stage.modules():
         if isinstance(module, (Quantize, ApotTensor)):

@@ -38,22 +38,29 @@ from .insert import Insert
 from .normalize import Normalize
 from .residual import QuantizeResiduals
 from .share import Share
-from .trace import ApotTracer, trace
+from .trace import trace
+from .tracer import ApotTracer
 
 __all__ = ["ApotTracer", "convert_passes", "prepare_passes", "run_passes", "trace"]
 
 
-def prepare_passes(mapping: QConfigMapping) -> tuple[Pass, ...]:
-    """From a traced stage to a prepared one."""
+def prepare_passes(
+    mapping: QConfigMapping, path: str = "", ends: tuple[bool, bool] = (True, True)
+) -> tuple[Pass, ...]:
+    """From a traced stage to a prepared one.
+
+    ``path``: where the stage lies in the model; ``ends``: whether its inputs and outputs are the
+    model's.
+    """
     return (
         Functionalize(),
         Normalize(),
         FunctionalLayers(),
-        Annotate(mapping),
+        Annotate(mapping, path, ends),
         QuantizeResiduals(mapping),
         FoldBatchNorm(),
         Share(),
-        Insert(),
+        Insert(path),
         Hoist(),
     )
 

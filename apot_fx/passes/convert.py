@@ -157,7 +157,7 @@ class ConvertLayers(Pass):
         calls = [(node, called_module(stage, node)) for node in stage.graph.nodes]
         operands = _Operands(stage, [layer for _, layer in calls])
         for node, layer in calls:
-            if not isinstance(layer, PreparedOp):
+            if not isinstance(layer, PreparedOp) or layer.standalone:
                 continue
             weight_and_bias = operands.take(node, layer)
             grid, norm = _module_args(node)
@@ -189,7 +189,8 @@ def _emissions(stage: StageModule) -> dict[fx.Node, list[_Emission]]:
             # Clamps nearer the layer act first; these come after and limit what is left.
             low, high = (min(max(end, low), high) for end in limits)
             source = source.args[0]
-        if isinstance(called_module(stage, source), PreparedOp):
+        producer = called_module(stage, source)
+        if isinstance(producer, PreparedOp) and not producer.standalone:
             ends = (None if math.isinf(end) else end for end in (low, high))
             found.setdefault(source, []).append(_Emission(node, *ends))
     return found

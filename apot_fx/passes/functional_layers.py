@@ -25,7 +25,7 @@ from .base import Pass
 from .functionalize import is_functional
 from .report import PassReport
 from .stage import StageModule, info, next_id, set_info
-from .trace import TRAINING_OF
+from .training_flags import TRAINING_OF
 
 _CONVS = {functional.conv1d: 1, functional.conv2d: 2, functional.conv3d: 3}
 _MATMULS = (torch.matmul, torch.mm, operator.matmul, "matmul", "mm", "__matmul__")

@@ -19,7 +19,8 @@ def is_prepared(stage: StageModule) -> None:
     """Every quantized call reads its own fake-quant through index ops; ids are unique."""
     _ids_are_unique(stage)
     for node in stage.graph.nodes:
-        if not isinstance(called_module(stage, node), PreparedOp) or len(node.args) < 2:
+        layer = called_module(stage, node)
+        if not isinstance(layer, PreparedOp) or layer.standalone or len(node.args) < 2:
             continue
         module = node.args[1]
         if module is None:
@@ -49,7 +50,7 @@ def is_converted(stage: StageModule) -> None:
             raise GrammarError(f"{name}: {type(module).__name__} is left after convert")
     for node in stage.graph.nodes:
         module = called_module(stage, node)
-        if isinstance(module, ConvertedOp) and module.input_spec:
+        if isinstance(module, ConvertedOp) and not module.standalone and module.input_spec:
             for origin in (s for value in inputs_of(node) for s in _sources(stage, value)):
                 if not info(origin).quantizer:
                     raise GrammarError(f"{node.name}: reads {origin.name}, which is no index")
@@ -63,7 +64,8 @@ def _reads_true_float(stage: StageModule, node: fx.Node) -> None:
     while pending:
         value, zero_survives = pending.pop()
         layer = source(value) if value.target is operator.getitem else value
-        if isinstance(called_module(stage, layer), ConvertedOp):
+        producer = called_module(stage, layer)
+        if isinstance(producer, ConvertedOp) and not producer.standalone:
             raise GrammarError(f"{node.name}: quantizes what {layer.name} gives in float")
         match, limits = index_op(stage, value), bounds(stage, value)
         if limits is not None:

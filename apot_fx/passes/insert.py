@@ -2,30 +2,36 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import fx, nn
 
 from ..fake_quant import FakeQuantize
 from ..graph import called_module, module_aliases, replace_argument, set_submodule
-from ..nn import PREPARED, PreparedLayer
-from .annotate import plan_of
+from ..nn import PREPARED, PreparedLayer, PreparedOp, prepare_standalone
+from .annotate import STANDALONE_CONFIG, plan_of
 from .base import Pass
 from .functional_layers import computed_operands
 from .grammar import is_prepared
 from .report import PassReport
 from .share import GROUP, UNSIGNED
 from .stage import NodeInfo, StageModule, info, inputs_of, next_id, set_info
+from .tree import joined
 
 #: torch's name for what stands behind an activation, kept so that people find it.
 ACTIVATION = "activation_post_process_"
 
 
+@dataclasses.dataclass(frozen=True)
 class Insert(Pass):
     """Write ``layer(fake_quant(x), fake_quant module, …)`` for every planned call.
 
     The module is an argument beside its result because one layer may be called at two nodes and
-    must know, each time, which grid its input lies on.
+    must know, each time, which grid its input lies on. ``path``: the stage's own in the model.
     """
+
+    path: str = ""
 
     name = "insert"
     ensures = (is_prepared,)
@@ -34,6 +40,7 @@ class Insert(Pass):
         aliases = module_aliases(stage)
         made: dict[tuple[str, fx.Node], fx.Node] = {}
         for node in list(stage.graph.nodes):
+            self._insert_standalone(stage, node, aliases, report)
             plan = plan_of(node)
             if plan is None:
                 continue
@@ -41,14 +48,26 @@ class Insert(Pass):
             assert isinstance(layer, nn.Module)
             if plan.weight is not None and not isinstance(layer, PreparedLayer):
                 name = str(node.target)
+                full = joined(self.path, name)
                 weight = computed_operands(stage, node)[:1]
-                prepared = PREPARED[type(layer)].take_over(layer, plan.weight, name, *weight)
+                prepared = PREPARED[type(layer)].take_over(layer, plan.weight, full, *weight)
                 for alias in aliases[id(layer)]:
                     set_submodule(stage, alias, prepared)
                 report.change(name, f"weight on {plan.weight.describe()}")
             if plan.activation is not None:
                 self._insert_activation(stage, node, made)
                 report.change(node, f"input through {ACTIVATION}{node.meta[GROUP]}")
+
+    def _insert_standalone(
+        self, stage: StageModule, node: fx.Node, aliases: dict[int, list[str]], report: PassReport
+    ) -> None:
+        config, layer = node.meta.get(STANDALONE_CONFIG), called_module(stage, node)
+        if config is None or layer is None or isinstance(layer, PreparedOp):
+            return
+        prepared = prepare_standalone(layer, config, joined(self.path, str(node.target)))
+        for alias in aliases[id(layer)]:
+            set_submodule(stage, alias, prepared)
+        report.change(node.target, "owns its quantizers")
 
     @staticmethod
     def _insert_activation(

@@ -18,7 +18,7 @@ from .base import Pass
 from .functionalize import is_functional
 from .report import PassReport
 from .stage import StageModule
-from .trace import TRAINING_OF
+from .training_flags import TRAINING_OF
 
 DROPOUTS: dict[Any, type[nn.Module]] = {
     functional.dropout: nn.Dropout,

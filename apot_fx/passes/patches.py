@@ -11,7 +11,7 @@ import torch
 from .proxy import holds_proxy, value_isinstance
 
 if TYPE_CHECKING:
-    from .trace import ApotTracer
+    from .tracer import ApotTracer
 
 #: Calls of ``torch.`` that refuse traced sizes and dtypes: recorded where one is among the
 #: arguments. The random ones are always recorded, lest their first values become constants.

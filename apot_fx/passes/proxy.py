@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import fx
 
-from ..errors import TraceError
+from ..errors import GuardError, TraceError
 from ..graph import METADATA_METHODS
 from .mutation import AUGMENTED
 
 if TYPE_CHECKING:
-    from .trace import ApotTracer
+    from .tracer import ApotTracer
 
 #: The value of a proxy that was made without example inputs.
 UNKNOWN = object()
@@ -80,7 +80,7 @@ class ApotProxy(fx.Proxy):
         value = self.value
         if value is UNKNOWN:
             return super().__bool__()
-        return self.tracer.decide(self, bool(value), "decides")
+        return self.tracer.decide(self, bool(value))
 
     def __int__(self) -> int:
         return int(self._number("int()"))
@@ -97,7 +97,7 @@ class ApotProxy(fx.Proxy):
             raise Untraceable(f"{use} of a traced value")
         if self.tracer.hangs_on(self.node) != FIXED:
             raise Untraceable(f"{use} of a size, which may be another next time")
-        return self.tracer.decide(self, value, "uses")
+        return self.tracer.decide(self, value)
 
     def __len__(self) -> int:
         value = self.value
@@ -245,14 +245,15 @@ def _own_kind(node: fx.Node, values: Mapping[fx.Node, Any]) -> str | None:
     return None
 
 
-def check_decision(value: object, expected: object, what: str) -> None:
+def check_decision(value: object, expected: object, line: str) -> None:
     """Graph node: what the trace has decided by an example must come out the same.
 
-    Raises TraceError otherwise.
+    Raises GuardError otherwise.
     """
     found = bool(value) if isinstance(expected, bool) else value
     if found != expected:
-        raise TraceError(
-            f"{what}: came out as {expected} for the example_inputs and as {found} now; prepare "
-            "with example_inputs of this kind"
+        raise GuardError(
+            f"{line} decides by what came out as {expected} for the example_inputs and as {found} "
+            "now; prepare with example_inputs of this kind",
+            line,
         )

@@ -55,7 +55,15 @@ class StageInfo:
     kind: str  # "traced", "prepared" or "converted"
     origin: type[nn.Module]  # the user's class
     reports: list[PassReport] = dataclasses.field(default_factory=list)
+    opaque: dict[str, str] = dataclasses.field(default_factory=dict)  # untraced module → why
     forward: Forward | None = None  # how calibrate ran a batch; not pickled
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StageInfo:
+        reports = copy.deepcopy(self.reports, memo)
+        return dataclasses.replace(self, reports=reports, opaque=dict(self.opaque))
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "forward": None, "origin": _importable(self.origin)}
 
 
 def info(node: fx.Node) -> NodeInfo:
@@ -130,9 +138,6 @@ class StageModule(fx.GraphModule):
 
     def __reduce__(self) -> tuple[Any, ...]:
         state = {k: v for k, v in self.__dict__.items() if k not in _REBUILT}
-        state["apot"] = dataclasses.replace(
-            self.apot, forward=None, origin=_importable(self.apot.origin)
-        )
         return _rebuild, (_dump_graph(self.graph), state)
 
     def load_state_dict(  # type: ignore[override]
@@ -147,7 +152,7 @@ class StageModule(fx.GraphModule):
         metadata = getattr(state_dict, "_metadata", None)
         if metadata is not None:
             checked._metadata = metadata  # type: ignore[attr-defined]
-        self._keep_quantizers_of(checked, "")
+        keep_quantizers(self, checked, "")
         self._check_keys(checked, strict)
         self._check_state(checked, "")
         return super().load_state_dict(checked, strict, assign)
@@ -156,7 +161,7 @@ class StageModule(fx.GraphModule):
         self, state_dict: dict[str, Any], prefix: str, *args: Any
     ) -> None:
         # Also reached where a stage is part of a larger model that is loaded.
-        self._keep_quantizers_of(state_dict, prefix)
+        keep_quantizers(self, state_dict, prefix)
         self._check_state(state_dict, prefix)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
@@ -180,15 +185,6 @@ class StageModule(fx.GraphModule):
                     f"expected {tuple(value.shape)}"
                 )
 
-    def _keep_quantizers_of(self, state_dict: dict[str, Any], prefix: str) -> None:
-        """A float checkpoint (no quantizer key at all) leaves every quantizer as it is."""
-        own: dict[str, Any] = {}
-        for name, module in self.named_modules():
-            if isinstance(module, FakeQuantize):
-                own.update(module.state_dict(prefix=f"{prefix}{name}."))
-        if not any(key in state_dict for key in own):
-            state_dict.update(own)
-
     def _check_state(self, state_dict: Mapping[str, Any], prefix: str) -> None:
         """Let every part refuse bad values before any is copied."""
         for name, module in self.named_modules():
@@ -201,6 +197,19 @@ class StageModule(fx.GraphModule):
                 check(part)
             except (TensorError, StateError) as problem:
                 raise StateError(f"state_dict not loaded: {where}{problem}") from None
+
+
+def keep_quantizers(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """A float checkpoint (no quantizer key at all) leaves every quantizer as it is.
+
+    Also a load hook of modules that hold stages without being one.
+    """
+    own: dict[str, Any] = {}
+    for name, part in module.named_modules():
+        if isinstance(part, FakeQuantize):
+            own.update(part.state_dict(prefix=f"{prefix}{name}."))
+    if not any(key in state_dict for key in own):
+        state_dict.update(own)
 
 
 _REBUILT = frozenset({"_graph", "_code", "_lineno_map", "_prologue_start"})

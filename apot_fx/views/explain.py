@@ -2,49 +2,93 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import fx, nn
 
 from ..errors import ConfigError, did_you_mean
-from ..fake_quant import FakeQuantize
+from ..fake_quant import OBSERVING, FakeQuantize
 from ..graph import called_module, describe_call, value_kind
-from ..nn import ConvertedLayer, PreparedLayer, Quantize
+from ..nn import (
+    ConvertedLayer,
+    ConvertedOp,
+    ConvertedRecurrent,
+    PreparedLayer,
+    PreparedOp,
+    PreparedRecurrent,
+    Quantize,
+    input_fake_quants,
+)
 from ..passes.functional_layers import constants
 from ..passes.index_ops import bounds
 from ..passes.stage import StageModule, info
+from ..passes.tree import joined, stage_info, stages, standalone
 from ..table import Table
+from .coverage import coverage_notes
 
 _COLUMNS = ("name", "op", "form", "weight", "input", "why")
 
+#: What a user can do about a reason, by how the reason begins.
+_REMEDIES = {
+    "untraceable at": "pass example_inputs, or rewrite that line",
+    "the config leaves": "name it with set_module_name",
+    "never called": "the example or config may leave it out",
+}
 
-def explain(stage: StageModule, node: str | None = None) -> Table:
-    """Rows of every call in graph order; with ``node``, of that layer or node alone.
 
-    Raises ConfigError (did you mean …) where ``node`` names nothing.
+def explain(model: nn.Module, node: str | None = None) -> Table:
+    """Rows of every stage's calls in graph order, then of what Python code calls.
+
+    With ``node``, of that layer or node alone. Raises ConfigError (did you mean …) where it names
+    nothing.
     """
+    rows = [row for path, stage in stages(model).items() for row in _stage_rows(path, stage)]
+    rows += [_standalone_row(path, layer) for path, layer in _called_by_python(model)]
+    known = stage_info(model)
+    assert known is not None
+    shown = {row["name"] for row in rows}
+    modules = dict(model.named_modules())
+    left = {note.where: note.what for report in known.reports for note in report.left}
+    for path, why in {**left, **known.opaque}.items():
+        if path in modules and path not in shown:
+            kind = type(modules[path]).__name__ if path else known.origin.__name__
+            rows.append(_cells(path or "(root)", kind, "float", why=_with_remedy(why)))
+    if node is not None:
+        rows = _only(rows, node)
+    title = f"{known.origin.__name__}: {known.kind}"
+    return Table(_COLUMNS, rows, title=title, notes=coverage_notes(model))
+
+
+def _called_by_python(model: nn.Module) -> Iterator[tuple[str, PreparedOp | ConvertedOp]]:
+    """Standalone layers that no graph calls."""
+    in_graphs = {
+        id(called_module(stage, node))
+        for stage in stages(model).values()
+        for node in stage.graph.nodes
+    }
+    return (
+        (path, layer) for path, layer in standalone(model).items() if id(layer) not in in_graphs
+    )
+
+
+def _stage_rows(path: str, stage: StageModule) -> Iterator[dict[str, object]]:
     reasons = {note.where: note.what for report in stage.apot.reports for note in report.left}
     weights = constants(stage)
-    rows = [
-        _row(stage, call, reasons)
-        for call in stage.graph.nodes
-        if call.op in ("call_module", "call_function", "call_method")
-        and value_kind(call) != "other"
-        and call not in weights
-        and (info(call).reason or not call.meta.get("keep"))
-    ]
-    called = {row["name"] for row in rows}
+    called = set()
+    for call in stage.graph.nodes:
+        is_call = call.op in ("call_module", "call_function", "call_method")
+        if not is_call or value_kind(call) == "other" or call in weights:
+            continue
+        if call.meta.get("keep") and not info(call).reason:
+            continue
+        row = _row(stage, call, reasons)
+        called.add(row["name"])
+        yield {**row, "name": joined(path, str(row["name"]))}
     layers = dict(stage.named_modules())
     for name, why in reasons.items():
         if name in layers and name not in called:
-            module = layers[name]
-            rows.append(_cells(name, type(module).__name__, "float", why=why))
-    if node is not None:
-        rows = _only(rows, node)
-    return Table(
-        _COLUMNS,
-        rows,
-        title=f"{stage.apot.origin.__name__}: {stage.apot.kind}",
-        notes=_notes(stage),
-    )
+            kind = type(layers[name]).__name__
+            yield _cells(joined(path, name), kind, "float", why=_with_remedy(why))
 
 
 def _cells(
@@ -58,11 +102,11 @@ def _row(stage: StageModule, call: fx.Node, reasons: dict[str, str]) -> dict[str
     module, found = called_module(stage, call), info(call)
     name = str(call.target) if call.op == "call_module" else call.name
     if isinstance(module, FakeQuantize):
-        sign = {None: "open", True: "signed", False: "unsigned"}[module.signed]
-        how = f"{module.spec.describe()}, {sign}"
-        return _cells(name, "fake-quant", module.state, inputs=how)
+        return _cells(name, "fake-quant", module.state, inputs=_describe(module))
     if isinstance(module, Quantize):
         return _cells(name, "quantize", "index", inputs=str(module.level_set))
+    if isinstance(module, (PreparedOp, ConvertedOp)) and module.standalone:
+        return _standalone_row(name, module)
     if isinstance(module, PreparedLayer):
         return _prepared_row(stage, call, module)
     if isinstance(module, ConvertedLayer):
@@ -72,6 +116,32 @@ def _row(stage: StageModule, call: fx.Node, reasons: dict[str, str]) -> dict[str
     if found.quantizer:
         return _cells(name, op, "index", why=f"carries indices of {found.quantizer}")
     return _cells(name, op, "float", why=_why_float(stage, call, reasons))
+
+
+def _describe(quant: FakeQuantize) -> str:
+    sign = {None: "open", True: "signed", False: "unsigned"}[quant.signed]
+    return f"{quant.spec.describe()}, {sign}"
+
+
+def _standalone_row(path: str, layer: PreparedOp | ConvertedOp) -> dict[str, object]:
+    """A layer that owns its quantizers."""
+    own = "called by Python code"
+    if isinstance(layer, ConvertedLayer):
+        inputs = "float" if layer.input_levels is None else str(layer.input_levels)
+        return _cells(path, layer.kind, "integer", str(layer.weight.level_set), inputs, own)
+    if isinstance(layer, ConvertedRecurrent):
+        weights = {str(part.level_set) for part in layer.weights.values()}
+        return _cells(path, layer.recurrence.kind, "integer", ", ".join(weights), "", own)
+    assert isinstance(layer, (PreparedLayer, PreparedRecurrent))
+    quants = list(input_fake_quants(layer).values())
+    inputs = _describe(quants[0]) if quants else "float"
+    if any(quant.state == OBSERVING and not quant.seen for quant in quants):
+        own = "never ran so far: convert refuses it until it does"
+    if isinstance(layer, PreparedLayer):
+        weight = layer.weight_fake_quant.spec.describe()
+    else:
+        weight = next(iter(layer.weight_fake_quants.values())).spec.describe()
+    return _cells(path, layer.kind, "quantized", weight, inputs, own)
 
 
 def _prepared_row(stage: StageModule, call: fx.Node, layer: PreparedLayer) -> dict[str, object]:
@@ -92,7 +162,7 @@ def _prepared_row(stage: StageModule, call: fx.Node, layer: PreparedLayer) -> di
 def _why_float(stage: StageModule, call: fx.Node, reasons: dict[str, str]) -> str:
     reason = info(call).reason or reasons.get(call.name) or reasons.get(str(call.target), "")
     if reason:
-        return reason
+        return _with_remedy(reason)
     if bounds(stage, call) is not None and all(
         isinstance(called_module(stage, user), FakeQuantize) for user in call.users
     ):
@@ -101,17 +171,11 @@ def _why_float(stage: StageModule, call: fx.Node, reasons: dict[str, str]) -> st
     return "float op" + (f" at {origin}" if origin else "")
 
 
-def _notes(stage: StageModule) -> list[str]:
-    layers = [m for m in stage.modules() if isinstance(m, (PreparedLayer, ConvertedLayer))]
-    others = [
-        m
-        for m in stage.modules()
-        if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)) and not isinstance(m, PreparedLayer)
-    ]
-    inside = sum(layer.weight_shape.numel() for layer in layers)
-    total = inside + sum(int(layer.get_parameter("weight").numel()) for layer in others)
-    share = f"{100 * inside / total:.1f} %" if total else "none"
-    return [f"{len(layers)} of {len(layers) + len(others)} layers quantized, {share} of weights"]
+def _with_remedy(reason: str) -> str:
+    for start, remedy in _REMEDIES.items():
+        if reason.startswith(start):
+            return f"{reason}; {remedy}"
+    return reason
 
 
 def _only(rows: list[dict[str, object]], name: str) -> list[dict[str, object]]:

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..nn import ConvertedLayer, PreparedLayer
-from ..passes.stage import StageModule
+from ..passes.tree import stage_info
 from ..table import Table
 
 _COLUMNS = ("layer", "kind", "weight", "levels", "bits", "bytes", "float32 bytes", "input")
@@ -22,8 +22,10 @@ def stored_bytes(model: nn.Module) -> int:
     return sum(seen.values())
 
 
-def summary(stage: StageModule) -> Table:
+def summary(stage: nn.Module) -> Table:
     """Rows of every quantized layer; the notes give the whole model's bytes."""
+    known = stage_info(stage)
+    assert known is not None
     rows: list[dict[str, object]] = []
     packed = floats = 0
     seen: set[int] = set()
@@ -37,12 +39,10 @@ def summary(stage: StageModule) -> Table:
             seen.add(id(stored))
             packed += int(str(row["bytes"]))
             floats += int(str(row["float32 bytes"]))
-    notes = [f"state_dict of the {stage.apot.kind} model: {stored_bytes(stage):,} bytes"]
+    notes = [f"state_dict of the {known.kind} model: {stored_bytes(stage):,} bytes"]
     if packed:
         notes.append(f"quantized weights: {packed:,} bytes, {floats / packed:.2f}x below float32")
-    return Table(
-        _COLUMNS, rows, title=f"{stage.apot.origin.__name__}: {stage.apot.kind}", notes=notes
-    )
+    return Table(_COLUMNS, rows, title=f"{known.origin.__name__}: {known.kind}", notes=notes)
 
 
 def _row(name: str, layer: PreparedLayer | ConvertedLayer) -> dict[str, object]:

@@ -1,0 +1,287 @@
+"""``ApotTracer``: ``torch.fx``'s tracer that follows an example's values."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import traceback
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.nn.utils.parametrize import is_parametrized
+
+from ..fake_quant import FakeQuantize
+from ..graph import argument, called_name, free_name
+from ..nn import ConvertedOp, PreparedOp, Quantize, ThroughFloat
+from .arguments import RootArguments
+from .example import Call
+from .opaque_call import OpaqueCall, Record, fingerprint
+from .patches import ambient_state, region_depth
+from .proxy import (
+    DATA,
+    UNKNOWN,
+    ApotProxy,
+    Untraceable,
+    check_decision,
+    hangs_on,
+    is_proxy,
+    members,
+)
+from .purity import random_state
+from .training_flags import plain, plain_flags
+
+_OURS = (PreparedOp, ConvertedOp, Quantize, ThroughFloat, FakeQuantize, OpaqueCall)
+
+
+class ApotTracer(fx.Tracer):
+    """``torch.fx.Tracer`` that also keeps apot_fx's own modules, and chosen ones, as leaves.
+
+    Args:
+        leaf_modules: module types, or qualified names, that are called rather than traced into.
+
+    >>> graph = ApotTracer(leaf_modules=[nn.Sequential]).trace(nn.Sequential(nn.ReLU()))
+    >>> [node.op for node in graph.nodes]
+    ['placeholder', 'call_module', 'output']
+    """
+
+    proxy_buffer_attributes = True
+
+    def __init__(self, leaf_modules: Iterable[type[nn.Module] | str] = ()) -> None:
+        super().__init__()
+        chosen = tuple(leaf_modules)
+        self.record_stack_traces = True
+        self.leaf_types = tuple(leaf for leaf in chosen if isinstance(leaf, type))
+        self.leaf_names = {leaf for leaf in chosen if isinstance(leaf, str)}
+        self.example: Call | None = None
+        self.values: dict[fx.Node, Any] = {}
+        self.failed_in: str | None = None  # innermost module that could not be followed
+        self.inside: list[str] = []  # modules whose forward is being traced
+        self.outside_state: dict[str, str] = {}  # module → what it reads or sets outside tensors
+        self.concrete = 0  # above 0 while the example's values are computed
+        self.opaque: list[str] = []  # names of OpaqueCalls that this trace registered
+        self.in_function = ""  # the opaque function that runs on the example's values
+        self.refused: list[Callable[..., Any]] = []  # functions that can't be called as a whole
+        self.refused_lines: frozenset[str] = frozenset()  # whose decisions can't be kept
+
+    # Values of the example
+
+    def value_of(self, node: fx.Node) -> Any:
+        return self.values.get(node, UNKNOWN)
+
+    def hangs_on(self, node: fx.Node) -> str:
+        return hangs_on(node, self.values)
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return ApotProxy(node, self)
+
+    def create_proxy(  # type: ignore[override]
+        self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any
+    ) -> fx.Proxy:
+        if kind.startswith("call"):
+            self._check_region()
+        made = super().create_proxy(kind, target, args, kwargs, *rest, **more)
+        if self.example is not None and kind != "placeholder":
+            try:
+                self.values[made.node] = self._compute(made.node)
+            except BaseException:
+                if not made.node.users:
+                    self.graph.erase_node(made.node)
+                raise
+        return made
+
+    def _check_region(self) -> None:
+        if self.concrete == 0 and (region_depth() or ambient_state() != self.ambient):
+            raise Untraceable("it switches autocast or gradients within its forward")
+
+    def _compute(self, node: fx.Node) -> Any:
+        args, kwargs = (fx.map_arg(plain(a), self._known) for a in (node.args, node.kwargs))
+        self.concrete += 1
+        try:
+            if node.op == "get_attr":
+                return _attribute_at(self.root, str(node.target))
+            if node.op == "call_module":
+                module = self.root.get_submodule(str(node.target))
+                with plain_flags(module):
+                    return module(*args, **kwargs)
+            if node.op == "call_method":
+                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+            target: Any = node.target
+            return target(*args, **kwargs)
+        finally:
+            self.concrete -= 1
+
+    def _known(self, node: fx.Node) -> Any:
+        if node not in self.values:  # fx makes get_attr nodes of parameters by itself
+            self.values[node] = self._compute(node)
+        return self.values[node]
+
+    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
+        if self.concrete:
+            return attr_val
+        found = super().getattr(attr, attr_val, parameter_proxy_cache)
+        if is_proxy(found) and self.example is not None:
+            self.values.setdefault(found.node, attr_val)
+        return found
+
+    def decide(self, condition: ApotProxy, outcome: Any) -> Any:
+        """The example's outcome, guarded; refused where the next batch may differ at any time."""
+        if self.hangs_on(condition.node) == DATA:
+            raise Untraceable("a Python decision on tensor values")
+        line = _user_frame()
+        if line in self.refused_lines:
+            raise Untraceable("a Python decision that other batch sizes turn")
+        if not any(user.target is check_decision for user in condition.node.users):
+            facts = (condition, outcome, line)
+            guard = self.create_proxy("call_function", check_decision, facts, {})
+            guard.node.meta["keep"] = True
+        return outcome
+
+    def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
+        """Let ``for part in x.chunk(2)`` run: the call says how many parts there are."""
+        parts, count = obj.node, 0
+        if called_name(parts) == "chunk":
+            asked = argument(parts, 1, "chunks")
+            count = asked if isinstance(asked, int) else 0
+        elif called_name(parts) in ("split", "split_with_sizes"):
+            asked = argument(parts, 1, "split_size")
+            count = len(asked) if isinstance(asked, (list, tuple)) else 0
+        if not count:
+            return super().iter(obj)
+        return iter(members(obj, count))
+
+    # Modules
+
+    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
+        if isinstance(m, (*_OURS, *self.leaf_types)) or module_qualified_name in self.leaf_names:
+            return True
+        if "forward" in m.__dict__:
+            return False  # replaced on the instance: it computes what that says
+        if is_parametrized(m):
+            return False  # its class is a made one; the layer below it computes
+        return super().is_leaf_module(m, module_qualified_name)
+
+    def call_module(
+        self,
+        m: nn.Module,
+        forward: Callable[..., Any],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> Any:
+        if self.concrete:
+            if self.in_function and next(m.parameters(), None) is not None:
+                raise Untraceable(f"{self.in_function} calls layers")
+            return forward(*args, **kwargs)
+        name = self.path_of_module(m)
+        if self.is_leaf_module(m, name):
+            return super().call_module(m, forward, args, kwargs)
+        self.inside.append(name)
+        before = random_state()
+        try:
+            result = super().call_module(m, forward, args, kwargs)
+            if random_state() != before:
+                raise Untraceable("it draws random numbers of Python or NumPy")
+            if name in self.outside_state:
+                raise Untraceable(f"it {self.outside_state[name]}")
+            return result
+        except Exception:
+            if self.failed_in is None:
+                self.failed_in = name
+            raise
+        finally:
+            self.inside.pop()
+
+    def path_of_module(self, mod: nn.Module) -> str:
+        try:
+            return super().path_of_module(mod)
+        except NameError:
+            raise Untraceable(f"a {type(mod).__name__} that is no submodule") from None
+
+    def notice_outside_state(self, what: str) -> None:
+        if not self.concrete:
+            self.outside_state.setdefault(self.inside[-1] if self.inside else "", what)
+
+    def call_opaquely(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """Record a call of a Python function that can't be followed."""
+        try:
+            call = OpaqueCall(function, args, kwargs)
+            name = free_name(self.root, f"opaque_{function.__name__.strip('_')}")
+            self.root.add_module(name, call)
+            self.opaque.append(name)
+            self.in_function = function.__name__
+            before = fingerprint(call.constants)
+            made = self.create_proxy("call_module", name, call.take_traced(), {})
+            if before is None or fingerprint(call.constants) != before:
+                raise Untraceable(f"{function.__name__} changes what it is called with")
+            return made
+        except Untraceable:
+            self.refused.append(function)
+            raise
+        finally:
+            self.in_function = ""
+
+    # Arguments
+
+    def create_arg(self, a: Any) -> Any:
+        if is_proxy(a):
+            return a.node
+        if dataclasses.is_dataclass(a) and not isinstance(a, type):
+            fields = {f.name: getattr(a, f.name) for f in dataclasses.fields(a) if f.init}
+            given = {key: value for key, value in fields.items() if value is not None}
+            return self.create_proxy("call_function", Record(type(a), True), (), given).node
+        if isinstance(a, Mapping) and type(a) is not dict:
+            return self._create_mapping(a)
+        state = getattr(a, "__dict__", None)
+        if type(state) is dict and type(a).__module__.split(".")[0] != "torch" and _holds_deep(a):
+            return self.create_proxy("call_function", Record(type(a), False), (), dict(state)).node
+        return super().create_arg(a)
+
+    def _create_mapping(self, a: Mapping[Any, Any]) -> Any:
+        record = Record(type(a), True)
+        return self.create_proxy("call_function", record, (dict(a),), {}).node
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Placeholders for the signature; options (None, bool, str) are fixed as they are."""
+        self.ambient = ambient_state()
+        if not is_module or "forward" in self.root.__dict__:
+            raise Untraceable("forward is replaced on the instance")
+        signature = inspect.signature(inspect.unwrap(root_fn))
+        positional, keywords = RootArguments(self, self.example).make(signature)
+
+        def call(root: nn.Module, *args: Any) -> Any:
+            return root_fn(root, *args, **keywords)
+
+        return call, [self.root, *positional]
+
+
+def _attribute_at(root: nn.Module, path: str) -> Any:
+    found: Any = root
+    for part in path.split("."):
+        found = getattr(found, part)
+    return found
+
+
+def _holds_deep(value: Any, depth: int = 4) -> bool:
+    """Whether an object holds a proxy in its attributes, lists or dicts."""
+    if is_proxy(value):
+        return True
+    if depth == 0 or isinstance(value, (nn.Module, type, types.FunctionType, torch.Tensor)):
+        return False
+    if isinstance(value, Mapping):
+        return any(_holds_deep(item, depth - 1) for item in value.values())
+    if isinstance(value, (tuple, list)):
+        return any(_holds_deep(item, depth - 1) for item in value)
+    state = getattr(value, "__dict__", None)
+    return type(state) is dict and any(_holds_deep(item, depth - 1) for item in state.values())
+
+
+def _user_frame() -> str:
+    """``file.py:12`` of the innermost running line outside torch and apot_fx."""
+    for frame in reversed(traceback.extract_stack()):
+        if not any(part in frame.filename for part in ("/torch/", "/apot_fx/")):
+            return f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}"
+    return ""

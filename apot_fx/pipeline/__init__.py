@@ -1,0 +1,13 @@
+"""The bodies of prepare, calibrate and convert.
+
+``stages`` says what a model is and what a verb wants; ``floats`` runs the float model and compares
+bits; ``capture`` finds what of it fits into graphs; ``prepare``, ``calibrate`` and ``convert``
+import these.
+"""
+
+from .calibrate import calibrate
+from .convert import BACKENDS, convert
+from .prepare import prepare
+from .stages import require_stage
+
+__all__ = ["BACKENDS", "calibrate", "convert", "prepare", "require_stage"]

@@ -1,0 +1,55 @@
+"""Calibrate: let observers see data, then freeze."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+
+from ..batches import Forward, check_batches, evaluating, run_all
+from ..errors import CalibrationError
+from ..fake_quant import LEARNING, FakeQuantize
+from ..passes.tree import stage_info
+
+
+def activations(model: nn.Module) -> dict[str, FakeQuantize]:
+    """The activation fake-quants of a prepared model, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, FakeQuantize) and module.observer is not None
+    }
+
+
+def calibrate(
+    prepared: nn.Module, batches: Iterable[Any], forward: Forward | None, progress: bool
+) -> None:
+    """Let observers see data, then freeze; on any error the stage is as it was before."""
+    from tqdm import tqdm
+
+    quants = [q for q in activations(prepared).values() if q.state != LEARNING]
+    before = [(quant, copy.deepcopy(quant.state_dict())) for quant in quants]
+    try:
+        for quant in quants:
+            quant.restart()
+        count = 0
+        shown = tqdm(
+            check_batches(batches), "calibrate", unit="batch", disable=None if progress else True
+        )
+        with evaluating(prepared):
+            for _ in run_all(prepared, shown, forward):
+                count += 1
+            if not count:
+                raise CalibrationError("calibration got no batch; pass at least one")
+            for quant in quants:
+                if quant.seen:
+                    quant.freeze()
+    except BaseException:
+        for quant, state in before:
+            quant.load_state_dict(state)
+        raise
+    known = stage_info(prepared)
+    assert known is not None
+    known.forward = forward

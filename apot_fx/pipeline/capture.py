@@ -1,0 +1,162 @@
+"""Capture: as much of a model in graphs as can be followed, and the rest in Python.
+
+From the root down, a module becomes a stage where it can be traced and, with example inputs, gives
+the bits of the float model; else its children are tried, and the layers that Python code calls
+become standalone layers. What can't be followed inside a stage is a leaf of it, and its insides are
+captured the same way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import nn
+
+from ..errors import GuardError, TraceError
+from ..nn import STANDALONE
+from ..passes import run_passes, trace
+from ..passes.annotate import WITH_WEIGHTS, OuterLayers
+from ..passes.example import Call
+from ..passes.functionalize import Functionalize
+from ..passes.stage import StageModule
+from ..passes.tree import joined
+from .floats import Calls, calls_inside, check_bits, runs
+
+Ends = tuple[bool, bool]
+
+
+@dataclasses.dataclass
+class Captured:
+    """What was found in a model, by path; nothing of it is quantized yet.
+
+    ``ends``: whether a stage's or layer's inputs and outputs are the model's.
+    """
+
+    stages: dict[str, StageModule] = dataclasses.field(default_factory=dict)
+    layers: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
+    ends: dict[str, Ends] = dataclasses.field(default_factory=dict)
+    opaque: dict[str, str] = dataclasses.field(default_factory=dict)  # what stays Python → why
+
+
+def capture(model: nn.Module, call: Call | None, in_graphs: bool = True) -> Captured:
+    """Capture a model, which keeps its modules, attributes and values.
+
+    ``call``: example inputs, by which every graph is verified, with twice the batch too.
+    ``in_graphs=False`` keeps all of the user's code in Python: only standalone layers are found.
+    """
+    search = _Search(in_graphs)
+    calls = None
+    if call is not None:
+        grown = call.grown()
+        calls = Calls.of([call, grown] if runs(model, grown) else [call])
+    search.visit("", model, calls, (True, True))
+    return search.found
+
+
+class _Search:
+    def __init__(self, in_graphs: bool) -> None:
+        self.in_graphs = in_graphs
+        self.found = Captured()
+        self.seen: set[int] = set()
+
+    def visit(self, path: str, module: nn.Module, calls: Calls | None, ends: Ends) -> None:
+        """Capture a module that Python code calls; ``calls``: how, as far as is known."""
+        if id(module) in self.seen or (path and not _holds_layers(module)):
+            return
+        self.seen.add(id(module))
+        self.found.ends[path] = ends
+        if type(module) in STANDALONE and path:
+            self.found.layers[path] = module
+            return
+        try:
+            stage = self._stage(path, module, calls)
+        except TraceError as problem:
+            if type(module).forward is not nn.Module.forward:  # a mere container
+                self.found.opaque[path] = str(problem)
+            inside = None if calls is None else calls_inside(module, calls)
+            self._visit_children(path, module, inside, ends)
+            return
+        self.found.stages[path] = stage
+        self._visit_leaves(path, stage, calls, ends)
+
+    def _stage(self, path: str, module: nn.Module, calls: Calls | None) -> StageModule:
+        """A verified stage of a module; raises TraceError where there is none."""
+        if not self.in_graphs:
+            raise TraceError("a graph of the model gave other bits than the model")
+        if calls is not None and not calls.alike:
+            raise TraceError("it is called with arguments of several kinds")
+        writing = [m for m in module.modules() if getattr(m, "inplace", False) is True]
+        refused: set[str] = set()
+        while True:
+            try:
+                return _verified(path, module, calls, refused)
+            except GuardError as guard:
+                _set_inplace(writing)
+                if not guard.line or guard.line in refused:
+                    raise
+                refused.add(guard.line)
+            except TraceError:
+                _set_inplace(writing)
+                raise
+
+    def _visit_children(
+        self,
+        path: str,
+        module: nn.Module,
+        inside: dict[str, Calls] | None,
+        ends: Ends,
+        below: str = "",
+    ) -> None:
+        """Visit what a module holds; ``inside``: who is called, by path from the caller."""
+        children = [(name, m) for name, m in module.named_children() if _holds_layers(m)]
+        if inside:  # in the order in which they are called
+            order = {path: place for place, path in enumerate(inside)}
+            children.sort(key=lambda child: order.get(joined(below, child[0]), len(order)))
+        for place, (name, child) in enumerate(children):
+            first, last = place == 0, place == len(children) - 1
+            outer = ends[0] and first, ends[1] and last
+            relative, full = joined(below, name), joined(path, name)
+            own = None if inside is None else inside.get(relative)
+            if own is None and inside and any(key.startswith(f"{relative}.") for key in inside):
+                self._visit_children(full, child, inside, outer, relative)
+            else:
+                self.visit(full, child, own, outer)
+
+    def _visit_leaves(self, path: str, stage: StageModule, calls: Calls | None, ends: Ends) -> None:
+        outer = OuterLayers(stage)
+        inside: dict[str, Calls] | None = None
+        for leaf, why in stage.apot.opaque.items():
+            module = stage.get_submodule(leaf)
+            if not _holds_layers(module) or id(module) in self.seen:
+                continue
+            if calls is not None and inside is None:
+                inside = calls_inside(stage, calls)
+            self.seen.add(id(module))
+            full = joined(path, leaf)
+            self.found.opaque[full] = why
+            nodes = [n for n in stage.graph.nodes if n.op == "call_module" and n.target == leaf]
+            prefix = f"{leaf}."
+            own = inside and {
+                k[len(prefix) :]: v for k, v in inside.items() if k.startswith(prefix)
+            }
+            self._visit_children(full, module, own, outer.of(nodes, ends))
+
+
+def _verified(path: str, module: nn.Module, calls: Calls | None, refused: set[str]) -> StageModule:
+    example = None if calls is None else calls.examples[0]
+    stage = run_passes(trace(module, example, refused_lines=refused), [Functionalize()])
+    if calls is not None:
+        check_bits(stage, module, calls)
+    elif path and any(n.meta.get("keep") for n in stage.graph.nodes if n.op == "call_function"):
+        raise TraceError("how its caller sets its options is not known without example_inputs")
+    return stage
+
+
+def _set_inplace(modules: list[nn.Module]) -> None:
+    """Functionalize may have switched it off."""
+    for module in modules:
+        module.inplace = True  # type: ignore[assignment]
+
+
+def _holds_layers(module: nn.Module) -> bool:
+    return any(isinstance(part, WITH_WEIGHTS) for part in module.modules())

@@ -1,0 +1,134 @@
+"""Convert: lower every stage and every standalone layer of a prepared model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..errors import (
+    CalibrationError,
+    ConfigError,
+    LevelSetError,
+    StageError,
+    TensorError,
+    did_you_mean,
+)
+from ..fake_quant import EXACT_UNIT, OBSERVING, FakeQuantize
+from ..graph import called_module, module_aliases, set_submodule
+from ..nn import (
+    PreparedLayer,
+    PreparedOp,
+    PreparedRecurrent,
+    convert_standalone,
+    input_fake_quants,
+)
+from ..passes import convert_passes, run_passes
+from ..passes.functional_layers import computed_operands
+from ..passes.tree import joined, stage_info, stages, standalone
+
+BACKENDS = ("auto", "reference")
+
+
+def convert(prepared: nn.Module, backend: str, low_memory: bool, inplace: bool) -> nn.Module:
+    """Lower a prepared model to packed integer weights and indices between layers."""
+    if backend not in BACKENDS:
+        raise ConfigError(
+            f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}."
+            f"{did_you_mean(backend, BACKENDS)}"
+        )
+    _check_convertible(prepared)
+    model = prepared if inplace else copy.deepcopy(prepared)
+    model.eval()
+    _convert_standalone(model, low_memory)
+    for stage in reversed(stages(model).values()):  # inner ones first
+        run_passes(stage, convert_passes(low_memory))
+        stage.apot.kind = "converted"
+    known = stage_info(model)
+    assert known is not None
+    known.kind = "converted"
+    return model
+
+
+def _convert_standalone(model: nn.Module, low_memory: bool) -> None:
+    aliases = module_aliases(model)
+    for layer in standalone(model).values():
+        assert isinstance(layer, PreparedOp)
+        converted = convert_standalone(layer, low_memory)
+        for alias in aliases[id(layer)]:
+            set_submodule(model, alias, converted)
+
+
+def _check_convertible(prepared: nn.Module) -> None:
+    """Everything convert refuses, before anything is touched."""
+    _check_calibrated(prepared)
+    for name, weight in _weights(prepared):
+        _check_values(name, weight)
+    for name, module in prepared.named_modules():
+        if not isinstance(module, FakeQuantize):
+            continue
+        _check_values(f"{name}.alpha", module.alpha)
+        level_set = module.known_level_set()
+        if level_set.unit > EXACT_UNIT:
+            raise LevelSetError(
+                f"{name}: {level_set} has unit {level_set.unit}, above {EXACT_UNIT}, the largest "
+                "that converts; choose fewer bits or a larger k"
+            )
+        if not module.fake_quant_enabled:
+            raise StageError(
+                f"{name}: fake-quant is switched off; prepared.apply(enable_fake_quant) first"
+            )
+
+
+def _weights(prepared: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight that will be packed, by name."""
+    for path, stage in stages(prepared).items():
+        for node in stage.graph.nodes:
+            layer = called_module(stage, node)
+            if isinstance(layer, PreparedLayer):
+                weight, _ = layer.operands(*computed_operands(stage, node) or (None, None))
+                yield f"{joined(path, str(node.target))}.weight", weight
+    for path, op in standalone(prepared).items():
+        if isinstance(op, PreparedRecurrent):
+            yield from ((f"{path}.{name}", weight) for name, weight in op.weights.items())
+        elif isinstance(op, PreparedLayer):
+            yield f"{path}.weight", op.operands(None, None)[0]
+
+
+def _input_quants(prepared: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]]:
+    """For every quantized layer's call: the layer, its input's fake-quant's name, and that."""
+    for path, stage in stages(prepared).items():
+        for node in stage.graph.nodes:
+            layer = called_module(stage, node)
+            if not isinstance(layer, PreparedOp) or layer.standalone or len(node.args) < 2:
+                continue
+            if node.args[1] is not None:
+                name = str(node.args[1].target)
+                quant = stage.get_submodule(name)
+                assert isinstance(quant, FakeQuantize)
+                yield joined(path, str(node.target)), joined(path, name), quant
+    for path, op in standalone(prepared).items():
+        assert isinstance(op, PreparedOp)
+        for name, quant in input_fake_quants(op).items():
+            yield path, name, quant
+
+
+def _check_calibrated(prepared: nn.Module) -> None:
+    waiting = []
+    for layer, name, quant in _input_quants(prepared):
+        if quant.state == OBSERVING:
+            seen = "was observed but not frozen" if quant.seen else "never ran"
+            waiting.append(f"{layer} (its {name} {seen})")
+    if waiting:
+        raise CalibrationError(
+            f"convert_apot: still observing: {', '.join(waiting)}; run apot_fx.calibrate(prepared, "
+            "batches), or apot_fx.freeze(prepared) after a loop of your own; a layer that never "
+            "runs stays float with QConfigMapping.set_module_name(layer, None)"
+        )
+
+
+def _check_values(name: str, tensor: torch.Tensor) -> None:
+    if not torch.isfinite(tensor).all():
+        raise TensorError(f"{name} holds NaN or inf; load a checkpoint from before it diverged")

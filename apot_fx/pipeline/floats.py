@@ -1,0 +1,155 @@
+"""Running the float model beside its graph: how it calls its parts, and whether bits agree."""
+
+from __future__ import annotations
+
+import dataclasses
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..batches import evaluating
+from ..errors import GuardError, ModelError, TraceError
+from ..fake_quant import FakeQuantize
+from ..passes.example import Call
+from ..values import members, same_bits
+
+#: Random state of every run that is compared.
+_SEED = 20
+#: So many calls of a module are kept to compare by.
+_EXAMPLES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class Calls:
+    """How a module is called: a few calls, and whether all had arguments of one kind."""
+
+    examples: tuple[Call, ...]
+    alike: bool
+
+    @classmethod
+    def of(cls, calls: list[Call]) -> Calls:
+        kinds = [_kind_of(call) for call in calls]
+        return cls(tuple(calls[:_EXAMPLES]), all(kind == kinds[0] for kind in kinds))
+
+    def joined(self, more: Calls) -> Calls:
+        """These calls and more of them."""
+        both = Calls.of([*self.examples, *more.examples])
+        return Calls(both.examples, both.alike and self.alike and more.alike)
+
+
+def _kind_of(value: Any) -> Any:
+    """What a trace fixes about arguments: their structure, ranks, dtypes and plain values."""
+    if isinstance(value, torch.Tensor):
+        return "tensor", value.dim(), value.dtype
+    parts = members(value)
+    if parts:
+        return type(value), tuple((name, _kind_of(part)) for name, part in parts)
+    return value if isinstance(value, (str, int, float, bool, type(None))) else type(value)
+
+
+def outputs(model: nn.Module, call: Call) -> Any:
+    """What a model gives in eval, without gradients and torch's fused attention, from one seed."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with evaluating(model):
+            torch.manual_seed(_SEED)
+            own = call.copied()
+            return model(*own.args, **own.kwargs)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def own_outputs(model: nn.Module, call: Call) -> Any:
+    """The float model's outputs on example_inputs; its own failure is named as its own."""
+    try:
+        return outputs(model, call)
+    except Exception as problem:
+        raise _own_failure(model, problem) from problem
+
+
+def _own_failure(model: nn.Module, problem: Exception) -> ModelError:
+    """A ModelError that is also what the model raised, where Python can join the two."""
+    kind: type[ModelError] = ModelError
+    with suppress(TypeError):  # incompatible layouts
+        kind = type("ModelError", (ModelError, type(problem)), {"__init__": Exception.__init__})
+    frame = traceback.extract_tb(problem.__traceback__)[-1]
+    where = f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}"
+    return kind(
+        f"{type(model).__name__}'s own forward fails on example_inputs, before any quantization "
+        f"({type(problem).__name__} at {where}: {problem})"
+    )
+
+
+def runs(model: nn.Module, call: Call) -> bool:
+    """Whether a float model takes a call."""
+    try:
+        outputs(model, call)
+    except Exception:
+        return False
+    return True
+
+
+def check_bits(stage: nn.Module, model: nn.Module, calls: Calls) -> None:
+    """Raise TraceError unless a graph gives the bits of its model (GuardError: for a guard)."""
+    for call in calls.examples:
+        expected = outputs(model, call)
+        if not same_bits(expected, outputs(model, call)):
+            continue  # the model differs from itself
+        try:
+            found = outputs(stage, call)
+        except GuardError:
+            raise
+        except Exception as problem:
+            raise TraceError(f"its graph fails with {type(problem).__name__}: {problem}") from None
+        if not same_bits(expected, found):
+            raise TraceError("its graph gives other bits than the model")
+
+
+@contextmanager
+def in_float(prepared: nn.Module) -> Iterator[None]:
+    """While open, nothing observes or quantizes."""
+    quants = [m for m in prepared.modules() if isinstance(m, FakeQuantize)]
+    before = [(quant.observer_enabled, quant.fake_quant_enabled) for quant in quants]
+    try:
+        for quant in quants:
+            quant.observer_enabled = quant.fake_quant_enabled = False
+        yield
+    finally:
+        for quant, (observes, quantizes) in zip(quants, before, strict=True):
+            quant.observer_enabled, quant.fake_quant_enabled = observes, quantizes
+
+
+def calls_inside(model: nn.Module, calls: Calls) -> dict[str, Calls]:
+    """How a float model, called so, calls the modules below it, by path."""
+    found: dict[str, list[Call]] = {}
+    alike: dict[str, bool] = {}
+    handles = [
+        module.register_forward_pre_hook(_recorder(found, alike, path), with_kwargs=True)
+        for path, module in model.named_modules()
+        if path
+    ]
+    try:
+        for call in calls.examples:
+            outputs(model, call)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {path: Calls(tuple(calls), alike[path]) for path, calls in found.items()}
+
+
+def _recorder(
+    found: dict[str, list[Call]], alike: dict[str, bool], path: str
+) -> Callable[..., None]:
+    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        calls = found.setdefault(path, [])
+        same = not calls or _kind_of(calls[0]) == _kind_of(Call(args, kwargs))
+        alike[path] = alike.get(path, True) and same
+        if len(calls) < _EXAMPLES or (len(calls) < _EXAMPLES + 1 and not same):
+            calls.append(Call(args, kwargs).copied())
+
+    return record

@@ -1,0 +1,139 @@
+"""Prepare: capture a float model, then put observers and fake-quants into it."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..config import QConfig, QConfigMapping
+from ..errors import ModelError, TraceError
+from ..graph import substitute
+from ..nn import prepare_standalone
+from ..passes import prepare_passes, run_passes
+from ..passes.annotate import LEFT_BY_CONFIG, describe_config, resolve
+from ..passes.example import Call
+from ..passes.report import PassReport
+from ..passes.stage import StageInfo, StageModule, keep_quantizers
+from ..passes.tree import joined, stage_info
+from ..values import same_bits, tensors_in
+from .capture import Captured, capture
+from .floats import in_float, outputs, own_outputs
+from .stages import require_float
+
+
+def prepare(
+    model: nn.Module,
+    config: str | QConfig | QConfigMapping,
+    example_inputs: Any,
+    inplace: bool,
+) -> nn.Module:
+    """Put observers and fake-quants into a float model."""
+    require_float(model)
+    mapping = QConfigMapping.of(config)
+    mapping.check_quantizes()
+    call = None if example_inputs is None else Call.of(example_inputs)
+    if call is None:
+        return _prepare(model if inplace else copy_of(model), mapping, None, True)
+    call.bound(model)
+    expected = own_outputs(model, call)
+    if not tensors_in(expected):
+        raise ModelError(
+            f"{type(model).__name__}'s forward gives no tensor but a {type(expected).__name__}"
+        )
+    steady = same_bits(expected, outputs(model, call))
+    if inplace:
+        return _prepare(model, mapping, call, True)
+    for in_graphs in (True, False):
+        prepared = _prepare(copy_of(model), mapping, call, in_graphs)
+        if not steady or _same_in_float(prepared, call, expected):
+            break
+    else:
+        raise TraceError(
+            f"{type(model).__name__} prepared with every quantizer off gives other bits than the "
+            "model, though its code and layers are its own; please report it with the model"
+        )
+    return prepared
+
+
+def _same_in_float(prepared: nn.Module, call: Call, expected: Any) -> bool:
+    with in_float(prepared):
+        return same_bits(expected, outputs(prepared, call))
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, also where a module keeps computed tensors (as torch's old weight_norm does)."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(model, memo)
+
+
+def _prepare(
+    model: nn.Module, mapping: QConfigMapping, call: Call | None, in_graphs: bool
+) -> nn.Module:
+    found = capture(model, call, in_graphs)
+    owners = [model, *found.stages.values()]
+    originals = {path: model.get_submodule(path) for path in found.stages}
+    report = _prepare_layers(found, mapping, owners)
+    for path, stage in found.stages.items():
+        run_passes(stage, prepare_passes(mapping, path, found.ends[path]))
+        stage.apot.kind = "prepared"
+    substitute(owners, {id(originals[path]): stage for path, stage in found.stages.items()})
+    root = found.stages.get("") or _python_root(model)
+    info = stage_info(root)
+    assert info is not None
+    info.opaque = found.opaque
+    info.reports.append(report)
+    _check_config(found, mapping, report, type(model).__name__)
+    return root
+
+
+def _prepare_layers(
+    found: Captured, mapping: QConfigMapping, owners: list[nn.Module]
+) -> PassReport:
+    """Standalone layers in place of those that Python code calls."""
+    report = PassReport("standalone")
+    made: dict[int, nn.Module] = {}
+    for path, layer in found.layers.items():
+        config = resolve(mapping, path, layer, found.ends[path])
+        if config is None or config.weight is None:
+            report.leave(path, LEFT_BY_CONFIG)
+            continue
+        made[id(layer)] = prepare_standalone(layer, config, path)
+        report.change(path, f"{describe_config(config)}, called by Python code")
+    substitute(owners, made)
+    return report
+
+
+def _python_root(model: nn.Module) -> nn.Module:
+    """The user's own module as root of a prepared model."""
+    model.__dict__["apot"] = StageInfo("prepared", type(model))
+    model._register_load_state_dict_pre_hook(keep_quantizers, with_module=True)
+    return model
+
+
+def _check_config(found: Captured, mapping: QConfigMapping, report: PassReport, model: str) -> None:
+    """Every name of the mapping is a layer's (ConfigError); say so where it quantizes nothing."""
+    names, left, quantized = [], [], False
+    for path, one in [("", report), *((path, _annotated(s)) for path, s in found.stages.items())]:
+        names += [joined(path, note.where) for note in (*one.changed, *one.left)]
+        left += [(joined(path, note.where), note.what) for note in one.left]
+        quantized = quantized or bool(one.changed)
+    mapping.check_names(names)
+    if not quantized:
+        some = "; ".join(f"{name}: {why}" for name, why in left[:3]) or "no layer with weights"
+        warnings.warn(
+            f"nothing of {model} is quantized ({some}{'; …' if len(left) > 3 else ''}); "
+            "choose another preset, or name layers with QConfigMapping.set_module_name",
+            stacklevel=5,
+        )
+
+
+def _annotated(stage: StageModule) -> PassReport:
+    return next(report for report in stage.apot.reports if report.name == "annotate")
