@@ -112,7 +112,7 @@ class _Comparison:
         values: dict[tuple[Place, int], Any] = {}
 
         def keep(site: Site, value: Any) -> None:
-            values[site.place, site.turn] = value.clone() if _is_pinned(site, value) else value
+            values[site.place, site.turn] = _copy(value) if _is_pinned(site, value) else value
 
         def again(site: Site, value: Any) -> None:
             first = values.get((site.place, site.turn))
@@ -243,6 +243,12 @@ def _is_pinned(site: Site, value: Any) -> bool:
     """Whether later code may write into the value."""
     pinned = site.node is None or bool(site.node.meta.get("pinned"))
     return pinned and isinstance(value, torch.Tensor)
+
+
+def _copy(value: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, overlapping ones too."""
+    storage = value.untyped_storage().clone()
+    return value.new_empty(0).set_(storage, value.storage_offset(), value.shape, value.stride())
 
 
 def _compare_values(

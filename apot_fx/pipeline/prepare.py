@@ -21,7 +21,7 @@ from ..passes.stage import StageInfo, StageModule, keep_quantizers
 from ..passes.tree import joined, stage_info
 from ..values import same_bits, tensors_in
 from .capture import Captured, capture
-from .floats import in_float, outputs, own_outputs
+from .floats import in_float, outputs, with_outputs
 from .stages import require_float
 
 
@@ -39,29 +39,27 @@ def prepare(
     if call is None:
         return _prepare(model if inplace else copy_of(model), mapping, None, True)
     call.bound(model)
-    expected = own_outputs(model, call)
-    if not tensors_in(expected):
-        raise ModelError(
-            f"{type(model).__name__}'s forward gives no tensor but a {type(expected).__name__}"
-        )
-    steady = same_bits(expected, outputs(model, call))
+    call = with_outputs(model, call)
+    if not tensors_in(call.outputs):
+        kind = type(call.outputs).__name__
+        raise ModelError(f"{type(model).__name__}'s forward gives no tensor but a {kind}")
     if inplace:
         return _prepare(model, mapping, call, True)
     for in_graphs in (True, False):
         prepared = _prepare(copy_of(model), mapping, call, in_graphs)
-        if not steady or _same_in_float(prepared, call, expected):
-            break
-    else:
-        raise TraceError(
-            f"{type(model).__name__} prepared with every quantizer off gives other bits than the "
-            "model, though its code and layers are its own; please report it with the model"
-        )
-    return prepared
+        if _same_in_float(prepared, model, call):
+            return prepared
+    raise TraceError(
+        f"{type(model).__name__} prepared with every quantizer off gives other bits than the "
+        "model, though its code and layers are its own; please report it with the model"
+    )
 
 
-def _same_in_float(prepared: nn.Module, call: Call, expected: Any) -> bool:
+def _same_in_float(prepared: nn.Module, model: nn.Module, call: Call) -> bool:
+    """Whether prepared gives the model's bits; also where the model does not give them again."""
     with in_float(prepared):
-        return same_bits(expected, outputs(prepared, call))
+        same = same_bits(call.outputs, outputs(prepared, call))
+    return same or not same_bits(call.outputs, outputs(model, call))
 
 
 def copy_of(model: nn.Module) -> nn.Module:
@@ -107,6 +105,8 @@ def _prepare_layers(
             continue
         made[id(layer)] = prepare_standalone(layer, config, path)
         report.change(path, f"{describe_config(config)}, called by Python code")
+    for path, why in found.read.items():
+        report.leave(path, why)
     substitute(owners, made)
     return report
 
