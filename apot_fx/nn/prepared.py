@@ -30,6 +30,8 @@ class PreparedLayer(PreparedOp):
     float_type: ClassVar[type[nn.Module]]
     #: Whether an input was seen whose channels batch norm does not normalise (3-d, for Linear).
     norm_apart: bool = False
+    #: Where (``file.py:12``) other code reads its weight without calling it: then it stays float.
+    read_at: str = ""
     weight_fake_quant: FakeQuantize
     weight_shape: torch.Size
 
@@ -71,6 +73,14 @@ class PreparedLayer(PreparedOp):
         """Its input's, child ``activation_post_process``; only standalone layers have it."""
         return self._modules.get("activation_post_process")  # type: ignore[return-value]
 
+    def in_float(self) -> nn.Module:
+        """The float layer again, with the same Parameters."""
+        layer = self.float_type.__new__(self.float_type)
+        layer.__dict__.update(self.__dict__)
+        ours = ("weight_fake_quant", "activation_post_process")
+        layer._modules = {k: m for k, m in self._modules.items() if k not in ours}
+        return layer
+
     def operands(
         self, weight: torch.Tensor | None, bias: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -90,6 +100,8 @@ class PreparedLayer(PreparedOp):
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
         w, b = self.operands(weight, bias)
+        if self.read_at:
+            return self.weighted(x, w, b)
         own = self.own_fake_quant
         if own is not None:
             x, fake_quant = own(x), own
@@ -172,7 +184,11 @@ class PreparedLayer(PreparedOp):
         own = self.own_fake_quant
         if own is not None:
             x, fake_quant = own(x), own
-        if not self._is_exact(fake_quant) or (batch_norm and not self._folds(x, batch_norm)):
+        if (
+            self.read_at
+            or not self._is_exact(fake_quant)
+            or (batch_norm and not self._folds(x, batch_norm))
+        ):
             return 0.0
         operands = self.operands(weight, bias)
         y = self._integer_form(x, fake_quant, batch_norm, *operands)

@@ -72,7 +72,8 @@ def _belong_together(prepared: nn.Module, converted: nn.Module) -> None:
 
 
 def _quantized_layers(model: nn.Module) -> set[str]:
-    return set(standalone(model)) | {
+    alone = standalone(model).items()
+    return {path for path, layer in alone if not getattr(layer, "read_at", "")} | {
         joined(path, info(node).layer)
         for path, stage in stages(model).items()
         for node in stage.graph.nodes

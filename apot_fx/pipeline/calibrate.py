@@ -11,8 +11,10 @@ from torch import nn
 from ..batches import Forward, check_batches, evaluating, run_all
 from ..errors import CalibrationError
 from ..fake_quant import LEARNING, FakeQuantize
+from ..nn import PreparedLayer
 from ..passes.stage import Work
-from ..passes.tree import stage_info
+from ..passes.tree import stage_info, standalone
+from .floats import parameter_reads
 from .work import counting_work
 
 
@@ -60,8 +62,11 @@ def _run(
 ) -> tuple[int, Work | None]:
     """Run every batch; how many there were, and the multiply-adds of the first."""
     runs = run_all(prepared, batches, forward)
-    with counting_work(prepared) as work:
+    with counting_work(prepared) as work, parameter_reads(prepared) as reads:
         first = next(runs, None)
     if first is None:
         return 0, None
+    for path, layer in standalone(prepared).items():
+        if path in reads and isinstance(layer, PreparedLayer):
+            layer.read_at = reads[path]
     return 1 + sum(1 for _ in runs), work

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import QConfig, QConfigMapping
 from ..errors import ModelError, TraceError
-from ..graph import substitute
+from ..graph import copy_of, substitute
 from ..nn import prepare_standalone
 from ..passes import prepare_passes, run_passes
 from ..passes.annotate import LEFT_BY_CONFIG, describe_config, resolve
@@ -60,16 +58,6 @@ def _same_in_float(prepared: nn.Module, model: nn.Module, call: Call) -> bool:
     with in_float(prepared):
         same = same_bits(call.outputs, outputs(prepared, call))
     return same or not same_bits(call.outputs, outputs(model, call))
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, also where a module keeps computed tensors (as torch's old weight_norm does)."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
 
 
 def _prepare(
