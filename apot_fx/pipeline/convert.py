@@ -55,8 +55,10 @@ def _convert_standalone(model: nn.Module, low_memory: bool) -> None:
     aliases = module_aliases(model)
     for layer in standalone(model).values():
         assert isinstance(layer, PreparedOp)
-        stays = isinstance(layer, PreparedLayer) and layer.read_at
-        converted = layer.in_float() if stays else convert_standalone(layer, low_memory)
+        if isinstance(layer, PreparedLayer) and layer.read_at:
+            converted = layer.in_float()
+        else:
+            converted = convert_standalone(layer, low_memory)
         for alias in aliases[id(layer)]:
             set_submodule(model, alias, converted)
 
@@ -66,8 +68,13 @@ def _check_convertible(prepared: nn.Module) -> None:
     _check_calibrated(prepared)
     for name, weight in _weights(prepared):
         _check_values(name, weight)
+    floats = tuple(
+        f"{path}."
+        for path, op in standalone(prepared).items()
+        if isinstance(op, PreparedLayer) and op.read_at
+    )
     for name, module in prepared.named_modules():
-        if not isinstance(module, FakeQuantize):
+        if not isinstance(module, FakeQuantize) or name.startswith(floats):
             continue
         _check_values(f"{name}.alpha", module.alpha)
         level_set = module.known_level_set()
