@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from .batches import Forward, check_batches, evaluating, run_all
+from .collectives import in_step
 from .config import QConfig, QConfigMapping
 from .errors import (
     CalibrationError,
@@ -22,6 +23,7 @@ from .errors import (
 from .fake_quant import EXACT_UNIT, LEARNING, OBSERVING, FakeQuantize
 from .graph import called_module
 from .nn import ConvertedOp, PreparedLayer, PreparedOp
+from .observer import Observer
 from .passes import convert_passes, prepare_passes, run_passes, trace
 from .passes.functional_layers import computed_operands
 from .passes.stage import StageModule
@@ -94,8 +96,9 @@ def calibrate(
         shown = tqdm(
             check_batches(batches), "calibrate", unit="batch", disable=None if progress else True
         )
+        device = quants[0].alpha.device if quants else torch.device("cpu")
         with evaluating(prepared):
-            for _ in run_all(prepared, shown, forward):
+            for _ in run_all(prepared, in_step(shown, device), forward):
                 count += 1
             if not count:
                 raise CalibrationError("calibration got no batch; pass at least one")
@@ -107,6 +110,66 @@ def calibrate(
             quant.load_state_dict(state)
         raise
     prepared.apot.forward = forward
+
+
+def merge_observers(prepared: StageModule, others: Sequence[StageModule]) -> None:
+    """Join statistics and freeze by them; all is checked and computed before anything changes."""
+    for place, other in enumerate(others):
+        if any(other is seen for seen in (prepared, *others[:place])):
+            raise StageError("merge_observers: the same model twice; its data would count twice")
+        _check_copies(prepared, other)
+    quants, merged = activations(prepared), {}
+    for name, quant in quants.items():
+        try:
+            merged[name] = _merged([quant, *(activations(other)[name] for other in others)])
+        except CalibrationError as problem:
+            raise CalibrationError(f"merge_observers: {name}: {problem}") from None
+    with evaluating(prepared):
+        for name, observer in merged.items():
+            if observer.seen:
+                quants[name].freeze_by(observer)
+
+
+def _merged(quants: Sequence[FakeQuantize]) -> Observer:
+    """One observer with what those of all fake-quants saw; they are left as they are."""
+    if any(quant.state == LEARNING for quant in quants):
+        raise CalibrationError("its α learns in training already; merge before training")
+    merged, *rest = [quant.observer for quant in quants if quant.observer is not None]
+    merged = copy.deepcopy(merged)
+    for observer in rest:
+        merged.merge(observer)
+    return merged
+
+
+def _check_copies(prepared: StageModule, other: StageModule) -> None:
+    """Refuse to merge what was not calibrated on copies of one prepared model."""
+    own, theirs = (
+        {name: module for name, module in stage.named_modules() if isinstance(module, FakeQuantize)}
+        for stage in (prepared, other)
+    )
+    for name in [*own, *theirs]:
+        if name not in own or name not in theirs:
+            raise StageError(f"merge_observers: only one of the models has {name}; pass copies")
+        pair = own[name], theirs[name]
+        first, second = (f"{q.spec.describe()}, signed {q.known_sign}" for q in pair)
+        if first != second or pair[0].spec != pair[1].spec:
+            raise StageError(
+                f"merge_observers: {name} is {first} in one model and {second} in another; "
+                "prepare both alike"
+            )
+    found = {f"{name}.alpha" for name in activations(prepared)}
+    parameters = dict(other.named_parameters())
+    for key, value in prepared.named_parameters():
+        if key not in found and not _same(value, parameters.get(key)):
+            raise StageError(
+                f"merge_observers: {key} differs between the models; calibrate copies of one model"
+            )
+
+
+def _same(one: torch.Tensor, other: torch.Tensor | None) -> bool:
+    if other is None or one.dtype != other.dtype:
+        return False
+    return torch.equal(one, other.to(one.device))
 
 
 def convert(prepared: StageModule, backend: str, low_memory: bool, inplace: bool) -> StageModule:
