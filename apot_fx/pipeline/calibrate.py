@@ -6,9 +6,11 @@ import copy
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..batches import Forward, check_batches, evaluating, run_all
+from ..collectives import in_step
 from ..errors import CalibrationError
 from ..fake_quant import LEARNING, FakeQuantize
 from ..nn import PreparedLayer
@@ -41,8 +43,9 @@ def calibrate(
         shown = tqdm(
             check_batches(batches), "calibrate", unit="batch", disable=None if progress else True
         )
+        device = quants[0].alpha.device if quants else torch.device("cpu")
         with evaluating(prepared):
-            count, work = _run(prepared, shown, forward)
+            count, work = _run(prepared, in_step(shown, device), forward)
             if not count:
                 raise CalibrationError("calibration got no batch; pass at least one")
             for quant in quants:
