@@ -22,12 +22,15 @@ from ..nn import (
     PreparedLayer,
     PreparedOp,
     PreparedRecurrent,
+    PreparedWeighted,
     convert_standalone,
     input_fake_quants,
+    keep_children,
 )
-from ..passes import convert_passes, run_passes
+from ..passes import convert_passes, keep_passes, run_passes
 from ..passes.functional_layers import computed_operands
 from ..passes.tree import joined, stage_info, stages, standalone
+from .tied import share_packed, shared_fake_quants
 
 BACKENDS = ("auto", "reference")
 
@@ -42,6 +45,9 @@ def convert(prepared: nn.Module, backend: str, low_memory: bool, inplace: bool) 
     _check_convertible(prepared)
     model = prepared if inplace else copy.deepcopy(prepared)
     model.eval()
+    tied = shared_fake_quants(model)
+    for stage in stages(model).values():
+        run_passes(stage, keep_passes())
     _convert_standalone(model, low_memory)
     for stage in reversed(stages(model).values()):  # inner ones first
         run_passes(stage, convert_passes(low_memory))
@@ -49,6 +55,7 @@ def convert(prepared: nn.Module, backend: str, low_memory: bool, inplace: bool) 
     known = stage_info(model)
     assert known is not None
     known.kind = "converted"
+    share_packed(model, tied)
     return model
 
 
@@ -57,6 +64,7 @@ def _convert_standalone(model: nn.Module, low_memory: bool) -> None:
     for layer in standalone(model).values():
         assert isinstance(layer, PreparedOp)
         converted = convert_standalone(layer, low_memory)
+        keep_children(layer, converted)
         for alias in aliases[id(layer)]:
             set_submodule(model, alias, converted)
 
@@ -93,7 +101,7 @@ def _weights(prepared: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for path, op in standalone(prepared).items():
         if isinstance(op, PreparedRecurrent):
             yield from ((f"{path}.{name}", weight) for name, weight in op.weights.items())
-        elif isinstance(op, PreparedLayer):
+        elif isinstance(op, PreparedWeighted):
             yield f"{path}.weight", op.operands(None, None)[0]
 
 
