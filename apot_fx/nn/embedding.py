@@ -72,7 +72,7 @@ class _PreparedRows(PreparedWeighted):
         if quant.observer_enabled:
             assert isinstance(self.weight, nn.Parameter)
             quant(self.weight.detach())
-        return quant.quantizes
+        return quant.quantizes and not self.read_at
 
     def quantized_rows(self, numbers: torch.Tensor) -> torch.Tensor:
         """Rows (N, D) on their grid, with torch's own gradient for the table."""

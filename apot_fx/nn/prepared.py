@@ -74,6 +74,8 @@ class PreparedLayer(PreparedWeighted):
 
     def run(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         """The result of a call."""
+        if self.read_at:
+            return self.weighted(call.product, x, call.weight, call.bias)
         x, call = self._on_own_grid(x, call)
         norm = call.batch_norm
         if norm is not None and not call.product.channels_meet_batch_norm(x):
@@ -146,14 +148,15 @@ class PreparedLayer(PreparedWeighted):
         In eval, of the same input. 0.0 where the layer is not in its integer form.
         """
         x, call = self._on_own_grid(x, call)
-        if not self._is_exact(call) or (call.batch_norm and not _folds(x, call)):
+        apart = call.batch_norm is not None and not _folds(x, call)
+        if self.read_at or not self._is_exact(call) or apart:
             return 0.0
         y, train = self._integer_form(x, call), self._train_form(x, call)
         _, b = self._scale_and_bias(call)
         product = y - b.reshape(-1, *[1] * (-1 - call.product.channel_axis))
         largest = torch.maximum(y.abs(), product.abs()).nan_to_num().max() if y.numel() else 0.0
-        apart = (train.float() - y).abs().nan_to_num().max() if y.numel() else 0.0
-        return float(apart / largest) if largest else 0.0
+        distance = (train.float() - y).abs().nan_to_num().max() if y.numel() else 0.0
+        return float(distance / largest) if largest else 0.0
 
 
 def _folds(x: torch.Tensor, call: Call) -> bool:

@@ -7,7 +7,10 @@ or where it asks for an output size.
 
 from __future__ import annotations
 
+import torch
 from torch import nn
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
 
 from ..config import QConfig
 from ..fake_quant import FakeQuantize
@@ -24,6 +27,10 @@ STANDALONE = frozenset((PREPARED.keys() | RECURRENT.keys() | EMBEDDINGS.keys()) 
 
 #: Where nn.Module keeps hooks: the user's stay with the layer.
 _HOOKS = tuple(name for name in nn.Module().__dict__ if "_hooks" in name)
+
+
+#: Hooks of torch that compute a weight before every forward; a packed weight needs them no more.
+_COMPUTES_WEIGHT = (WeightNorm, SpectralNorm)
 
 
 def has_hooks(module: nn.Module) -> bool:
@@ -60,14 +67,21 @@ def prepare_standalone(layer: nn.Module, config: QConfig, name: str) -> Prepared
 def convert_standalone(op: PreparedOp, low_memory: bool) -> ConvertedOp:
     """The converted form of a standalone layer, in eval, with its hooks."""
     made: ConvertedOp
+    with torch.no_grad():
+        for hook in op._forward_pre_hooks.values():
+            if isinstance(hook, _COMPUTES_WEIGHT):
+                hook(op, None)
     if isinstance(op, PreparedRecurrent):
         made = op.converted(low_memory)
     else:
         made = _converted(op)
         made.weight.keep_decoded = not low_memory
         made.eval()
-    for hooks in _HOOKS:
-        made.__dict__[hooks] = op.__dict__[hooks]
+    for name in _HOOKS:
+        made.__dict__[name] = hooks = op.__dict__[name]
+        if isinstance(hooks, dict):
+            kept = {k: hook for k, hook in hooks.items() if not isinstance(hook, _COMPUTES_WEIGHT)}
+            made.__dict__[name] = type(hooks)(kept)
     return made
 
 

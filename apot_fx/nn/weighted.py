@@ -24,9 +24,12 @@ class PreparedWeighted(PreparedOp):
     float_type: ClassVar[type[nn.Module]]
     #: What the layer reads where nothing quantizes its input, for people.
     float_input: ClassVar[str] = "float"
+    #: Where (``file.py:12``) other code reads its weight without calling it: then it stays float.
+    read_at: str = ""
     weight_fake_quant: FakeQuantize
     weight_shape: torch.Size  # as the user's layer stores it
     channels: int
+    float_class: type[nn.Module]  # of the layer it was: float_type, or one that computes the same
 
     @classmethod
     def take_over(
@@ -46,7 +49,16 @@ class PreparedWeighted(PreparedOp):
         prepared.weight_fake_quant = fake_quant.train(layer.training)
         prepared.weight_shape = value.shape
         prepared.channels = len(rows)
+        prepared.float_class = type(layer)
         return prepared
+
+    def in_float(self) -> nn.Module:
+        """The float layer again, with the same Parameters."""
+        layer = self.float_class.__new__(self.float_class)
+        layer.__dict__.update(self.__dict__)
+        ours = ("weight_fake_quant", "activation_post_process")
+        layer._modules = {k: m for k, m in self._modules.items() if k not in ours}
+        return layer
 
     @property
     def kind(self) -> str:

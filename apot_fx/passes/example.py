@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
 from collections.abc import Mapping
@@ -16,10 +17,11 @@ from ..errors import TraceError
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Positional and keyword arguments of one call."""
+    """Positional and keyword arguments of one call, and what it gave, where that is known."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    outputs: Any = None
 
     @classmethod
     def of(cls, inputs: Any) -> Call:
@@ -33,21 +35,23 @@ class Call:
         return cls((inputs,), {})
 
     def copied(self) -> Call:
-        """The same with copies of its tensors: a forward may write into its inputs."""
+        """The same with copies of tensors and objects: a forward may write into its inputs."""
         args, kwargs = pytree.tree_map(_copied, (self.args, self.kwargs))
         return Call(args, kwargs)
 
-    def grown(self) -> Call:
-        """The same with twice the batch: tensors of the first one's length, each doubled."""
+    def resized(self) -> Call:
+        """The same with another batch size, half or twice: of tensors as long as the first one."""
         tensors = [
             leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if _has_batch(leaf)
         ]
         size = len(tensors[0]) if tensors else 0
 
-        def grow(leaf: Any) -> Any:
-            return torch.cat([leaf, leaf]) if _has_batch(leaf) and len(leaf) == size else leaf
+        def resize(leaf: Any) -> Any:
+            if not _has_batch(leaf) or len(leaf) != size:
+                return leaf
+            return leaf[: size // 2] if size > 1 else torch.cat([leaf, leaf])
 
-        args, kwargs = pytree.tree_map(grow, (self.args, self.kwargs))
+        args, kwargs = pytree.tree_map(resize, (self.args, self.kwargs))
         return Call(args, kwargs)
 
     def bound(self, model: nn.Module) -> inspect.BoundArguments:
@@ -66,4 +70,11 @@ def _has_batch(value: Any) -> bool:
 
 
 def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if value is None or isinstance(value, (bool, int, float, str, nn.Module)):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        return value

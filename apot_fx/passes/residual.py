@@ -42,7 +42,7 @@ class QuantizeResiduals(Pass):
         for node in list(stage.graph.nodes):
             if node.meta.get("pinned") or node.meta.get("keep"):
                 continue
-            if _is_add(node):
+            if is_add(node):
                 _replace(stage, node, "apot_add", PreparedAdd(), (node.args[0], node.args[1]), spec)
                 report.change(node, f"add on {spec.describe()}")
                 continue
@@ -68,7 +68,7 @@ def _replace(
     set_info(node, layer=name)
 
 
-def _is_add(node: fx.Node) -> bool:
+def is_add(node: fx.Node) -> bool:
     """``a + b`` of two computed tensors (not of a parameter, buffer or number)."""
     if node.target not in (operator.add, torch.add, "add") or node.kwargs or len(node.args) != 2:
         return False

@@ -49,6 +49,15 @@ class NodeInfo:
 
 
 @dataclasses.dataclass
+class Work:
+    """Multiply-adds of a batch: of quantized and of other layers, of products of activations."""
+
+    quantized: int = 0
+    float_layers: int = 0
+    products: int = 0
+
+
+@dataclasses.dataclass
 class StageInfo:
     """What a stage knows about itself beside its graph."""
 
@@ -56,6 +65,7 @@ class StageInfo:
     origin: type[nn.Module]  # the user's class
     reports: list[PassReport] = dataclasses.field(default_factory=list)
     opaque: dict[str, str] = dataclasses.field(default_factory=dict)  # untraced module → why
+    work: Work | None = None  # of calibrate's first batch
     forward: Forward | None = None  # how calibrate ran a batch; not pickled
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StageInfo:

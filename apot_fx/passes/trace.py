@@ -33,11 +33,13 @@ def trace(
     example_inputs: Any = None,
     leaf_modules: Iterable[type[nn.Module] | str] = (),
     refused_lines: Iterable[str] = (),
+    settles_sizes: bool = True,
 ) -> StageModule:
     """Trace ``model`` (taken over, not copied) into a stage of kind ``"traced"``.
 
-    ``refused_lines``: ``file.py:12``, decisions that the example does not settle. Raises TraceError
-    where the model's own forward can't be followed.
+    ``refused_lines``: ``file.py:12``, decisions that the example does not settle.
+    ``settles_sizes``: whether it settles decisions on sizes (under a guard in the graph). Raises
+    TraceError where the model's own forward can't be followed.
     """
     example = None if example_inputs is None else Call.of(example_inputs)
     if example is not None:
@@ -48,6 +50,7 @@ def trace(
         tracer = ApotTracer([*leaf_modules, *attempts.modules])
         tracer.example = None if example is None else example.copied()
         tracer.refused_lines = frozenset(refused_lines)
+        tracer.settles_sizes = settles_sizes
         branches: list[tuple[str, str]] = []
         try:
             graph = _attempt(model, tracer, attempts, branches)

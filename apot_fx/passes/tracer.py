@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils import _pytree as pytree
 
 from ..fake_quant import FakeQuantize
 from ..graph import argument, called_name, free_name
 from ..nn import ConvertedOp, PreparedOp, Quantize, ThroughFloat
 from .arguments import RootArguments
 from .example import Call
-from .opaque_call import OpaqueCall, Record, fingerprint
+from .opaque_call import OpaqueCall, Record, fingerprint, without_parts
 from .patches import ambient_state, region_depth
 from .proxy import (
     DATA,
+    SIZE,
     UNKNOWN,
     ApotProxy,
     Untraceable,
@@ -64,6 +66,7 @@ class ApotTracer(fx.Tracer):
         self.opaque: list[str] = []  # names of OpaqueCalls that this trace registered
         self.in_function = ""  # the opaque function that runs on the example's values
         self.refused: list[Callable[..., Any]] = []  # functions that can't be called as a whole
+        self.settles_sizes = True  # whether a decision on sizes may be taken as the example does
         self.refused_lines: frozenset[str] = frozenset()  # whose decisions can't be kept
 
     # Values of the example
@@ -120,6 +123,8 @@ class ApotTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if self.concrete:
+            if self.in_function and isinstance(attr_val, torch.Tensor):
+                raise Untraceable(f"{self.in_function} reads the model's tensor {attr!r}")
             return attr_val
         found = super().getattr(attr, attr_val, parameter_proxy_cache)
         if is_proxy(found) and self.example is not None:
@@ -133,6 +138,8 @@ class ApotTracer(fx.Tracer):
         line = _user_frame()
         if line in self.refused_lines:
             raise Untraceable("a Python decision that other batch sizes turn")
+        if not self.settles_sizes and self.hangs_on(condition.node) == SIZE:
+            raise Untraceable("a Python decision on a size, in a module that Python code calls")
         if not any(user.target is check_decision for user in condition.node.users):
             facts = (condition, outcome, line)
             guard = self.create_proxy("call_function", check_decision, facts, {})
@@ -206,7 +213,8 @@ class ApotTracer(fx.Tracer):
     def call_opaquely(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record a call of a Python function that can't be followed."""
         try:
-            call = OpaqueCall(function, args, kwargs)
+            stripped = pytree.tree_map(self._stripped, (args, kwargs), is_leaf=is_proxy)
+            call = OpaqueCall(function, *stripped)
             name = free_name(self.root, f"opaque_{function.__name__.strip('_')}")
             self.root.add_module(name, call)
             self.opaque.append(name)
@@ -215,12 +223,18 @@ class ApotTracer(fx.Tracer):
             made = self.create_proxy("call_module", name, call.take_traced(), {})
             if before is None or fingerprint(call.constants) != before:
                 raise Untraceable(f"{function.__name__} changes what it is called with")
-            return made
+            call.gives_none = made.value is None
+            made.node.meta["keep"] = call.gives_none
+            return None if call.gives_none else made
         except Untraceable:
             self.refused.append(function)
             raise
         finally:
             self.in_function = ""
+
+    def _stripped(self, value: Any) -> Any:
+        """The root is not kept whole by the calls that get it: its layers have another place."""
+        return without_parts(self.root) if value is self.root else value
 
     # Arguments
 

@@ -11,7 +11,11 @@ from torch import nn
 from ..batches import Forward, check_batches, evaluating, run_all
 from ..errors import CalibrationError
 from ..fake_quant import LEARNING, FakeQuantize
-from ..passes.tree import stage_info
+from ..nn import PreparedWeighted
+from ..passes.stage import Work
+from ..passes.tree import stage_info, standalone
+from .floats import parameter_reads
+from .work import counting_work
 
 
 def activations(model: nn.Module) -> dict[str, FakeQuantize]:
@@ -34,13 +38,11 @@ def calibrate(
     try:
         for quant in quants:
             quant.restart()
-        count = 0
         shown = tqdm(
             check_batches(batches), "calibrate", unit="batch", disable=None if progress else True
         )
         with evaluating(prepared):
-            for _ in run_all(prepared, shown, forward):
-                count += 1
+            count, work = _run(prepared, shown, forward)
             if not count:
                 raise CalibrationError("calibration got no batch; pass at least one")
             for quant in quants:
@@ -52,4 +54,19 @@ def calibrate(
         raise
     known = stage_info(prepared)
     assert known is not None
-    known.forward = forward
+    known.forward, known.work = forward, work
+
+
+def _run(
+    prepared: nn.Module, batches: Iterable[Any], forward: Forward | None
+) -> tuple[int, Work | None]:
+    """Run every batch; how many there were, and the multiply-adds of the first."""
+    runs = run_all(prepared, batches, forward)
+    with counting_work(prepared) as work, parameter_reads(prepared) as reads:
+        first = next(runs, None)
+    if first is None:
+        return 0, None
+    for path, layer in standalone(prepared).items():
+        if path in reads and isinstance(layer, PreparedWeighted):
+            layer.read_at = reads[path]
+    return 1 + sum(1 for _ in runs), work

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -17,7 +16,7 @@ from ..errors import (
     did_you_mean,
 )
 from ..fake_quant import EXACT_UNIT, OBSERVING, FakeQuantize
-from ..graph import called_module, module_aliases, set_submodule
+from ..graph import called_module, copy_of, module_aliases, set_submodule
 from ..nn import (
     PreparedLayer,
     PreparedOp,
@@ -43,7 +42,7 @@ def convert(prepared: nn.Module, backend: str, low_memory: bool, inplace: bool) 
             f"{did_you_mean(backend, BACKENDS)}"
         )
     _check_convertible(prepared)
-    model = prepared if inplace else copy.deepcopy(prepared)
+    model = prepared if inplace else copy_of(prepared)
     model.eval()
     tied = shared_fake_quants(model)
     for stage in stages(model).values():
@@ -63,7 +62,11 @@ def _convert_standalone(model: nn.Module, low_memory: bool) -> None:
     aliases = module_aliases(model)
     for layer in standalone(model).values():
         assert isinstance(layer, PreparedOp)
-        converted = convert_standalone(layer, low_memory)
+        converted: nn.Module
+        if isinstance(layer, PreparedWeighted) and layer.read_at:
+            converted = layer.in_float()
+        else:
+            converted = convert_standalone(layer, low_memory)
         keep_children(layer, converted)
         for alias in aliases[id(layer)]:
             set_submodule(model, alias, converted)
@@ -119,6 +122,8 @@ def _input_quants(prepared: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]
                 yield joined(path, str(node.target)), joined(path, name), quant
     for path, op in standalone(prepared).items():
         assert isinstance(op, PreparedOp)
+        if isinstance(op, PreparedWeighted) and op.read_at:
+            continue
         for name, quant in input_fake_quants(op).items():
             yield path, name, quant
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -14,6 +15,7 @@ from torch import nn
 from ..batches import evaluating
 from ..errors import GuardError, ModelError, TraceError
 from ..fake_quant import FakeQuantize
+from ..passes.annotate import has_weights
 from ..passes.example import Call
 from ..values import members, same_bits
 
@@ -64,12 +66,20 @@ def outputs(model: nn.Module, call: Call) -> Any:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-def own_outputs(model: nn.Module, call: Call) -> Any:
-    """The float model's outputs on example_inputs; its own failure is named as its own."""
+def with_outputs(model: nn.Module, call: Call) -> Call:
+    """example_inputs with what the float model gives; its own failure is named as its own."""
     try:
-        return outputs(model, call)
+        return dataclasses.replace(call, outputs=outputs(model, call))
     except Exception as problem:
         raise _own_failure(model, problem) from problem
+
+
+def resized(model: nn.Module, call: Call) -> list[Call]:
+    """A call with another batch size and what it gives, where the float model takes it."""
+    other = call.resized()
+    with suppress(Exception):
+        return [dataclasses.replace(other, outputs=outputs(model, other))]
+    return []
 
 
 def _own_failure(model: nn.Module, problem: Exception) -> ModelError:
@@ -85,28 +95,17 @@ def _own_failure(model: nn.Module, problem: Exception) -> ModelError:
     )
 
 
-def runs(model: nn.Module, call: Call) -> bool:
-    """Whether a float model takes a call."""
-    try:
-        outputs(model, call)
-    except Exception:
-        return False
-    return True
-
-
 def check_bits(stage: nn.Module, model: nn.Module, calls: Calls) -> None:
     """Raise TraceError unless a graph gives the bits of its model (GuardError: for a guard)."""
     for call in calls.examples:
-        expected = outputs(model, call)
-        if not same_bits(expected, outputs(model, call)):
-            continue  # the model differs from itself
         try:
             found = outputs(stage, call)
         except GuardError:
             raise
         except Exception as problem:
             raise TraceError(f"its graph fails with {type(problem).__name__}: {problem}") from None
-        if not same_bits(expected, found):
+        expected = outputs(model, call) if call.outputs is None else call.outputs
+        if not same_bits(expected, found) and same_bits(expected, outputs(model, call)):
             raise TraceError("its graph gives other bits than the model")
 
 
@@ -124,8 +123,11 @@ def in_float(prepared: nn.Module) -> Iterator[None]:
             quant.observer_enabled, quant.fake_quant_enabled = observes, quantizes
 
 
-def calls_inside(model: nn.Module, calls: Calls) -> dict[str, Calls]:
-    """How a float model, called so, calls the modules below it, by path."""
+def calls_inside(model: nn.Module, calls: Calls) -> tuple[dict[str, Calls], dict[str, str]]:
+    """What a float model, called so, does with the modules below it, by their path.
+
+    How it calls them, and whose parameters it reads without calling them (``file.py:12``).
+    """
     found: dict[str, list[Call]] = {}
     alike: dict[str, bool] = {}
     handles = [
@@ -134,12 +136,51 @@ def calls_inside(model: nn.Module, calls: Calls) -> dict[str, Calls]:
         if path
     ]
     try:
-        for call in calls.examples:
-            outputs(model, call)
+        with parameter_reads(model) as reads:
+            for call in calls.examples:
+                outputs(model, call)
     finally:
         for handle in handles:
             handle.remove()
-    return {path: Calls(tuple(calls), alike[path]) for path, calls in found.items()}
+    return {path: Calls(tuple(calls), alike[path]) for path, calls in found.items()}, reads
+
+
+@contextmanager
+def parameter_reads(model: nn.Module) -> Iterator[dict[str, str]]:
+    """While open, note which layers' parameters are read by other code than their own forward."""
+    paths = {id(m): path for path, m in model.named_modules() if has_weights(m)}
+    running: list[nn.Module] = []
+    reads: dict[str, str] = {}
+    get = nn.Module.__getattr__
+
+    def watched(self: nn.Module, name: str) -> Any:
+        value = get(self, name)
+        if isinstance(value, nn.Parameter) and id(self) in paths and self not in running:
+            frame = sys._getframe(1)
+            name = frame.f_code.co_filename
+            if not name.startswith("<eval_with_key>"):  # a graph's reads outlive packing
+                line = f"{name.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+                reads.setdefault(paths[id(self)], line)
+        return value
+
+    def enter(module: nn.Module, args: Any) -> None:
+        running.append(module)
+
+    def leave(module: nn.Module, args: Any, result: Any) -> None:
+        running.remove(module)
+
+    handles = []
+    for module in model.modules():
+        if id(module) in paths:
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave, always_call=True))
+    nn.Module.__getattr__ = watched  # type: ignore[method-assign]
+    try:
+        yield reads
+    finally:
+        nn.Module.__getattr__ = get  # type: ignore[method-assign]
+        for handle in handles:
+            handle.remove()
 
 
 def _recorder(

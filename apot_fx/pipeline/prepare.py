@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import QConfig, QConfigMapping
 from ..errors import ModelError, TraceError
-from ..graph import substitute
+from ..graph import copy_of, substitute
 from ..nn import prepare_standalone
 from ..passes import prepare_passes, run_passes
 from ..passes.annotate import describe_config, resolve
@@ -22,7 +20,7 @@ from ..passes.tied import Groups, settle
 from ..passes.tree import joined, stage_info
 from ..values import same_bits, tensors_in
 from .capture import Captured, capture
-from .floats import in_float, outputs, own_outputs
+from .floats import in_float, outputs, with_outputs
 from .stages import require_float
 from .tied import share_fake_quants, tied_layers
 
@@ -41,39 +39,27 @@ def prepare(
     if call is None:
         return _prepare(model if inplace else copy_of(model), mapping, None, True)
     call.bound(model)
-    expected = own_outputs(model, call)
-    if not tensors_in(expected):
-        raise ModelError(
-            f"{type(model).__name__}'s forward gives no tensor but a {type(expected).__name__}"
-        )
-    steady = same_bits(expected, outputs(model, call))
+    call = with_outputs(model, call)
+    if not tensors_in(call.outputs):
+        kind = type(call.outputs).__name__
+        raise ModelError(f"{type(model).__name__}'s forward gives no tensor but a {kind}")
     if inplace:
         return _prepare(model, mapping, call, True)
     for in_graphs in (True, False):
         prepared = _prepare(copy_of(model), mapping, call, in_graphs)
-        if not steady or _same_in_float(prepared, call, expected):
-            break
-    else:
-        raise TraceError(
-            f"{type(model).__name__} prepared with every quantizer off gives other bits than the "
-            "model, though its code and layers are its own; please report it with the model"
-        )
-    return prepared
+        if _same_in_float(prepared, model, call):
+            return prepared
+    raise TraceError(
+        f"{type(model).__name__} prepared with every quantizer off gives other bits than the "
+        "model, though its code and layers are its own; please report it with the model"
+    )
 
 
-def _same_in_float(prepared: nn.Module, call: Call, expected: Any) -> bool:
+def _same_in_float(prepared: nn.Module, model: nn.Module, call: Call) -> bool:
+    """Whether prepared gives the model's bits; also where the model does not give them again."""
     with in_float(prepared):
-        return same_bits(expected, outputs(prepared, call))
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, also where a module keeps computed tensors (as torch's old weight_norm does)."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
+        same = same_bits(call.outputs, outputs(prepared, call))
+    return same or not same_bits(call.outputs, outputs(model, call))
 
 
 def _prepare(
@@ -114,6 +100,8 @@ def _prepare_layers(
             continue
         made[id(layer)] = prepare_standalone(layer, config, path)
         report.change(path, f"{describe_config(config)}, called by Python code")
+    for path, why in found.read.items():
+        report.leave(path, why)
     substitute(owners, made)
     return report
 

@@ -139,6 +139,9 @@ def _standalone_row(path: str, layer: PreparedOp | ConvertedOp, own: str) -> dic
     if any(quant.state == OBSERVING and not quant.seen for quant in quants):
         own = "never ran so far: convert refuses it until it does"
     if isinstance(layer, PreparedWeighted):
+        if layer.read_at:
+            why = f"its weight is read at {layer.read_at} without calling it"
+            return _cells(path, layer.kind, "float", why=why)
         weight = layer.weight_fake_quant.spec.describe()
     else:
         weight = next(iter(layer.weight_fake_quants.values())).spec.describe()
