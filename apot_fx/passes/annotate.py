@@ -23,6 +23,7 @@ from ..nn import (
 )
 from .base import Pass
 from .functionalize import is_functional
+from .opaque_call import Record
 from .report import PassReport
 from .stage import StageModule, set_info
 from .tied import Groups, Member, settle, weight_of, with_others
@@ -262,13 +263,19 @@ class OuterLayers:
             if node.op == "output" or any(user in reaching for user in node.users):
                 if node in layers:
                     self.last.add(node)
-                elif node.op == "output" or value_kind(node) != "other":
+                elif node.op == "output" or value_kind(node) != "other" or _is_result(node):
                     reaching.add(node)
 
     def of(self, nodes: Iterable[fx.Node], ends: tuple[bool, bool]) -> tuple[bool, bool]:
         """Whether a layer called at these nodes is a first one, and a last one."""
         calls = set(nodes)
         return ends[0] and bool(calls & self.first), ends[1] and bool(calls & self.last)
+
+
+def _is_result(node: fx.Node) -> bool:
+    """Whether a node is the object of a user's class that the model returns; not what lies deeper
+    in it, such as a cache of keys and values."""
+    return isinstance(node.target, Record) and any(user.op == "output" for user in node.users)
 
 
 def _is_layer(stage: StageModule, node: fx.Node) -> bool:

@@ -234,9 +234,9 @@ def _classes(owner: nn.Module) -> tuple[type, ...]:
 
     Nor does an embedding about the head that uses its weight.
     """
-    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag)):
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag, StageModule)):
         return ()
-    return tuple(k for k in type(owner).__mro__ if k not in (nn.Module, object, StageModule))
+    return tuple(k for k in type(owner).__mro__ if k not in (nn.Module, object))
 
 
 def _layer_type(product: Product) -> type[nn.Module]:
