@@ -131,14 +131,19 @@ class FakeQuantize(nn.Module):
             self._observe(x)
         return self.on_grid(x)
 
-    def on_grid(self, x: torch.Tensor) -> torch.Tensor:
-        """What :meth:`forward` gives, with nothing observed."""
+    def on_grid(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """What :meth:`forward` gives, with nothing observed.
+
+        ``rows``: ``x`` is not the whole weight but these rows of it, each with its own α.
+        """
         if self.training and self.state == FROZEN:  # calibrated while in train mode
             self.state = LEARNING
         if not self.quantizes:
             return _Unused.apply(x, self.alpha) if self.training else x
         learns = self.state == LEARNING and not self.observer_enabled
         alpha = self.alpha if learns or self.training else self.alpha.detach()
+        if rows is not None and self.axis is not None:
+            alpha = alpha.index_select(0, rows)
         grad = "rcf" if learns else "ste"
         quantized: torch.Tensor = torch.ops.apot_fx.fake_quantize(
             x, alpha, self.level_spec, self.axis, self.group_size, grad, not self.training

@@ -1,18 +1,23 @@
 """Prepared and converted operators.
 
-``op`` says what all have in common, ``quantize`` how results leave a converted operator.
-``products`` (multiply-accumulate kinds) and ``fold`` (scale, bias, batch norm) are the arithmetic
-that both stages of a layer share; ``prepared`` and ``converted`` hold the layers, ``add`` and
-``pool`` a pair each; ``recurrence`` and ``recurrent`` the recurrent layers, and ``standalone`` the
-layers that Python code calls rather than a graph. Files import only those named before them here.
+``op`` says what all have in common, ``quantize`` how results leave a converted operator,
+``weighted`` what layers with one weight share. ``products`` and ``convolution`` (what multiplies
+and adds) and ``fold`` (scale, bias, batch norm) are the arithmetic that both stages of a layer
+share; ``prepared``, ``layers`` (which stands for which float layer) and ``converted`` hold the
+layers, ``embedding``, ``add`` and ``pool`` a pair each; ``recurrence`` and ``recurrent`` the
+recurrent layers, and ``standalone`` those that Python code calls rather than a graph. Files import
+only those named before them here.
 """
 
 from .add import ConvertedAdd, PreparedAdd
 from .converted import ConvertedLayer
+from .convolution import ConvProduct, TransposedProduct
+from .embedding import EMBEDDINGS, ConvertedEmbedding, PreparedEmbedding, PreparedEmbeddingBag
+from .layers import CONV1D, PREPARED, TRANSPOSED, can_fold, is_conv1d, prepared_type
 from .op import ConvertedOp, PreparedOp
 from .pool import ConvertedPool, Pool, PreparedPool
-from .prepared import PREPARED, FunctionalLayer, PreparedFunctional, PreparedLayer, can_fold
-from .products import ConvProduct, LinearProduct
+from .prepared import FunctionalLayer, PreparedFunctional, PreparedLayer
+from .products import LinearProduct, Product
 from .quantize import Quantize, Reader
 from .recurrent import RECURRENT, ConvertedRecurrent, PreparedRecurrent
 from .standalone import (
@@ -20,11 +25,14 @@ from .standalone import (
     convert_standalone,
     has_hooks,
     input_fake_quants,
+    is_standalone_type,
+    keep_children,
     prepare_standalone,
 )
 from .through_float import ThroughFloat
+from .weighted import ConvertedWeighted, PreparedWeighted
 
-#: Which converted operator takes a prepared one's place.
+#: Which converted operator takes a prepared one's place in a graph.
 CONVERTED: tuple[tuple[type[PreparedOp], type[ConvertedOp]], ...] = (
     (PreparedLayer, ConvertedLayer),
     (PreparedAdd, ConvertedAdd),
@@ -32,31 +40,45 @@ CONVERTED: tuple[tuple[type[PreparedOp], type[ConvertedOp]], ...] = (
 )
 
 __all__ = [
+    "CONV1D",
     "CONVERTED",
+    "EMBEDDINGS",
     "PREPARED",
     "RECURRENT",
     "STANDALONE",
+    "TRANSPOSED",
     "ConvProduct",
     "ConvertedAdd",
+    "ConvertedEmbedding",
     "ConvertedLayer",
     "ConvertedOp",
     "ConvertedPool",
     "ConvertedRecurrent",
+    "ConvertedWeighted",
     "FunctionalLayer",
     "LinearProduct",
     "Pool",
     "PreparedAdd",
+    "PreparedEmbedding",
+    "PreparedEmbeddingBag",
     "PreparedFunctional",
     "PreparedLayer",
     "PreparedOp",
     "PreparedPool",
     "PreparedRecurrent",
+    "PreparedWeighted",
+    "Product",
     "Quantize",
     "Reader",
     "ThroughFloat",
+    "TransposedProduct",
     "can_fold",
     "convert_standalone",
     "has_hooks",
     "input_fake_quants",
+    "is_conv1d",
+    "is_standalone_type",
+    "keep_children",
     "prepare_standalone",
+    "prepared_type",
 ]

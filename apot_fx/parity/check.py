@@ -222,8 +222,8 @@ def _looking(prepared: nn.Module, verdict: Verdict) -> Iterator[None]:
         verdict.nan_inputs += int(args[0].isnan().sum())
 
     def measure(name: str) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Any, ...]) -> None:
-            apart = module.distance_of_forms(*args)
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            apart = module.distance_of_forms(*args, **kwargs)
             verdict.train_form[name] = max(verdict.train_form.get(name, 0.0), apart)
 
         return hook
@@ -232,7 +232,8 @@ def _looking(prepared: nn.Module, verdict: Verdict) -> Iterator[None]:
         if isinstance(module, FakeQuantize) and module.observer is not None:
             handles.append(module.register_forward_pre_hook(count_nan))
         elif isinstance(module, PreparedLayer):
-            handles.append(module.register_forward_pre_hook(measure(name)))
+            hook = measure(name)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield
     finally:

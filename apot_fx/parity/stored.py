@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from ..levels import LevelSet
-from ..nn import ConvertedLayer, ConvertedPool, ConvertedRecurrent, Quantize
+from ..nn import ConvertedEmbedding, ConvertedLayer, ConvertedPool, ConvertedRecurrent, Quantize
 from ..passes.stage import StageModule, info
 from ..passes.tree import stages
 from ..tensor import ApotTensor
@@ -100,6 +100,8 @@ def _settings(module: nn.Module) -> dict[str, Any]:
         keys = ("pool", "input_spec")
     elif isinstance(module, ConvertedLayer):
         keys = ("kind", "product", "output_dtype", "input_spec", "input_levels", "wide")
+    elif isinstance(module, ConvertedEmbedding):
+        keys = ("kind", "lookup", "output_dtype")
     elif isinstance(module, ConvertedRecurrent):
         keys = ("recurrence", "output_dtype", "wide")
     elif isinstance(module, Quantize):

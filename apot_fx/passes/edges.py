@@ -14,7 +14,15 @@ from torch import fx
 
 from ..fake_quant import FakeQuantize
 from ..graph import called_module, called_name
-from ..nn import STANDALONE, ConvertedOp, FunctionalLayer, PreparedOp, Quantize
+from ..nn import (
+    EMBEDDINGS,
+    ConvertedEmbedding,
+    ConvertedOp,
+    FunctionalLayer,
+    PreparedOp,
+    Quantize,
+    is_standalone_type,
+)
 from ..nn.fold import BATCH_NORMS
 from .index_ops import JOINS, bounds, index_op, is_torch_call
 from .residual import is_add, pool_of
@@ -79,8 +87,10 @@ def _first(node: fx.Node) -> fx.Node:
 def _is_end(stage: StageModule, node: fx.Node) -> bool:
     module = called_module(stage, node)
     if module is not None:
+        if isinstance(module, (*EMBEDDINGS, ConvertedEmbedding)):
+            return False  # nothing is multiplied
         ours = isinstance(module, (PreparedOp, ConvertedOp, FunctionalLayer))
-        return ours or type(module) in STANDALONE or pool_of(stage, node) is not None
+        return ours or is_standalone_type(type(module)) or pool_of(stage, node) is not None
     name = called_name(node)
     if not is_torch_call(node, name):
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,8 @@ _RANDOM = "rand randn randint randperm normal bernoulli poisson multinomial".spl
 @contextmanager
 def recording_factories(tracer: ApotTracer) -> Iterator[None]:
     """While open, tensor factories are graph nodes and entered autocast regions are counted."""
+    # fx imports it anyway; it must not learn of torch's functions while they are others.
+    importlib.import_module("torch._dynamo")
     before = {name: getattr(torch, name) for name in (*_FACTORIES, *_RANDOM)}
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
     try:

@@ -215,7 +215,7 @@ def keep_quantizers(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
     Also a load hook of modules that hold stages without being one.
     """
     own: dict[str, Any] = {}
-    for name, part in module.named_modules():
+    for name, part in module.named_modules(remove_duplicate=False):
         if isinstance(part, FakeQuantize):
             own.update(part.state_dict(prefix=f"{prefix}{name}."))
     if not any(key in state_dict for key in own):

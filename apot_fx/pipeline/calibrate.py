@@ -13,7 +13,7 @@ from ..batches import Forward, check_batches, evaluating, run_all
 from ..collectives import in_step
 from ..errors import CalibrationError
 from ..fake_quant import LEARNING, FakeQuantize
-from ..nn import PreparedLayer
+from ..nn import PreparedWeighted
 from ..passes.stage import Work
 from ..passes.tree import stage_info, standalone
 from .floats import parameter_reads
@@ -70,6 +70,6 @@ def _run(
     if first is None:
         return 0, None
     for path, layer in standalone(prepared).items():
-        if path in reads and isinstance(layer, PreparedLayer):
+        if path in reads and isinstance(layer, PreparedWeighted):
             layer.read_at = reads[path]
     return 1 + sum(1 for _ in runs), work

@@ -13,9 +13,9 @@ import dataclasses
 from torch import nn
 
 from ..errors import GuardError, TraceError
-from ..nn import STANDALONE
+from ..nn import is_standalone_type
 from ..passes import run_passes, trace
-from ..passes.annotate import WITH_WEIGHTS, OuterLayers
+from ..passes.annotate import OuterLayers, has_weights
 from ..passes.example import Call
 from ..passes.functionalize import Functionalize
 from ..passes.stage import StageModule
@@ -69,7 +69,7 @@ class _Search:
         if path in self.read:
             self.found.read[path] = f"its weight is read at {self.read[path]} without calling it"
             return
-        if type(module) in STANDALONE and path:
+        if is_standalone_type(type(module)) and path:
             self.found.layers[path] = module
             return
         try:
@@ -172,4 +172,4 @@ def _set_inplace(modules: list[nn.Module]) -> None:
 
 
 def _holds_layers(module: nn.Module) -> bool:
-    return any(isinstance(part, WITH_WEIGHTS) for part in module.modules())
+    return any(map(has_weights, module.modules()))

@@ -21,12 +21,15 @@ from ..nn import (
     PreparedLayer,
     PreparedOp,
     PreparedRecurrent,
+    PreparedWeighted,
     convert_standalone,
     input_fake_quants,
+    keep_children,
 )
-from ..passes import convert_passes, run_passes
+from ..passes import convert_passes, keep_passes, run_passes
 from ..passes.functional_layers import computed_operands
 from ..passes.tree import joined, stage_info, stages, standalone
+from .tied import share_packed, shared_fake_quants
 
 BACKENDS = ("auto", "reference")
 
@@ -41,6 +44,9 @@ def convert(prepared: nn.Module, backend: str, low_memory: bool, inplace: bool) 
     _check_convertible(prepared)
     model = prepared if inplace else copy_of(prepared)
     model.eval()
+    tied = shared_fake_quants(model)
+    for stage in stages(model).values():
+        run_passes(stage, keep_passes())
     _convert_standalone(model, low_memory)
     for stage in reversed(stages(model).values()):  # inner ones first
         run_passes(stage, convert_passes(low_memory))
@@ -48,6 +54,7 @@ def convert(prepared: nn.Module, backend: str, low_memory: bool, inplace: bool) 
     known = stage_info(model)
     assert known is not None
     known.kind = "converted"
+    share_packed(model, tied)
     return model
 
 
@@ -55,10 +62,12 @@ def _convert_standalone(model: nn.Module, low_memory: bool) -> None:
     aliases = module_aliases(model)
     for layer in standalone(model).values():
         assert isinstance(layer, PreparedOp)
-        if isinstance(layer, PreparedLayer) and layer.read_at:
+        converted: nn.Module
+        if isinstance(layer, PreparedWeighted) and layer.read_at:
             converted = layer.in_float()
         else:
             converted = convert_standalone(layer, low_memory)
+        keep_children(layer, converted)
         for alias in aliases[id(layer)]:
             set_submodule(model, alias, converted)
 
@@ -100,7 +109,7 @@ def _weights(prepared: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for path, op in standalone(prepared).items():
         if isinstance(op, PreparedRecurrent):
             yield from ((f"{path}.{name}", weight) for name, weight in op.weights.items())
-        elif isinstance(op, PreparedLayer):
+        elif isinstance(op, PreparedWeighted):
             yield f"{path}.weight", op.operands(None, None)[0]
 
 
@@ -118,7 +127,7 @@ def _input_quants(prepared: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]
                 yield joined(path, str(node.target)), joined(path, name), quant
     for path, op in standalone(prepared).items():
         assert isinstance(op, PreparedOp)
-        if isinstance(op, PreparedLayer) and op.read_at:
+        if isinstance(op, PreparedWeighted) and op.read_at:
             continue
         for name, quant in input_fake_quants(op).items():
             yield path, name, quant

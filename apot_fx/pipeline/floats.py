@@ -15,7 +15,7 @@ from torch import nn
 from ..batches import evaluating
 from ..errors import GuardError, ModelError, TraceError
 from ..fake_quant import FakeQuantize
-from ..passes.annotate import WITH_WEIGHTS
+from ..passes.annotate import has_weights
 from ..passes.example import Call
 from ..values import members, same_bits
 
@@ -148,7 +148,7 @@ def calls_inside(model: nn.Module, calls: Calls) -> tuple[dict[str, Calls], dict
 @contextmanager
 def parameter_reads(model: nn.Module) -> Iterator[dict[str, str]]:
     """While open, note which layers' parameters are read by other code than their own forward."""
-    paths = {id(m): path for path, m in model.named_modules() if isinstance(m, WITH_WEIGHTS)}
+    paths = {id(m): path for path, m in model.named_modules() if has_weights(m)}
     running: list[nn.Module] = []
     reads: dict[str, str] = {}
     get = nn.Module.__getattr__
@@ -157,10 +157,11 @@ def parameter_reads(model: nn.Module) -> Iterator[dict[str, str]]:
         value = get(self, name)
         if isinstance(value, nn.Parameter) and id(self) in paths and self not in running:
             frame = sys._getframe(1)
-            if "/torch/nn/utils/" in frame.f_code.co_filename:
-                return value  # a hook that computes the layer's weight
-            line = f"{frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
-            reads.setdefault(paths[id(self)], line)
+            name = frame.f_code.co_filename
+            # Torch's hooks compute the layer's own weight; a graph's reads outlive packing.
+            if not name.startswith("<eval_with_key>") and "/torch/nn/utils/" not in name:
+                line = f"{name.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+                reads.setdefault(paths[id(self)], line)
         return value
 
     def enter(module: nn.Module, args: Any) -> None:

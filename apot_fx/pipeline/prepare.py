@@ -12,15 +12,17 @@ from ..errors import ModelError, TraceError
 from ..graph import copy_of, substitute
 from ..nn import prepare_standalone
 from ..passes import prepare_passes, run_passes
-from ..passes.annotate import LEFT_BY_CONFIG, describe_config, resolve
+from ..passes.annotate import describe_config, resolve
 from ..passes.example import Call
 from ..passes.report import PassReport
 from ..passes.stage import StageInfo, StageModule, keep_quantizers
+from ..passes.tied import Groups, settle
 from ..passes.tree import joined, stage_info
 from ..values import same_bits, tensors_in
 from .capture import Captured, capture
 from .floats import in_float, outputs, with_outputs
 from .stages import require_float
+from .tied import share_fake_quants, tied_layers
 
 
 def prepare(
@@ -66,12 +68,14 @@ def _prepare(
     found = capture(model, call, in_graphs)
     owners = [model, *found.stages.values()]
     originals = {path: model.get_submodule(path) for path in found.stages}
-    report = _prepare_layers(found, mapping, owners)
+    tied = tied_layers(model, found, mapping)
+    report = _prepare_layers(found, mapping, tied, owners)
     for path, stage in found.stages.items():
-        run_passes(stage, prepare_passes(mapping, path, found.ends[path]))
+        run_passes(stage, prepare_passes(mapping, path, found.ends[path], tied))
         stage.apot.kind = "prepared"
     substitute(owners, {id(originals[path]): stage for path, stage in found.stages.items()})
     root = found.stages.get("") or _python_root(model)
+    share_fake_quants(root)
     info = stage_info(root)
     assert info is not None
     info.opaque = found.opaque
@@ -81,15 +85,18 @@ def _prepare(
 
 
 def _prepare_layers(
-    found: Captured, mapping: QConfigMapping, owners: list[nn.Module]
+    found: Captured, mapping: QConfigMapping, tied: Groups, owners: list[nn.Module]
 ) -> PassReport:
     """Standalone layers in place of those that Python code calls."""
     report = PassReport("standalone")
     made: dict[int, nn.Module] = {}
     for path, layer in found.layers.items():
-        config = resolve(mapping, path, layer, found.ends[path])
-        if config is None or config.weight is None:
-            report.leave(path, LEFT_BY_CONFIG)
+        member = resolve(mapping, path, layer, found.ends[path])
+        group = tied.get(id(layer._parameters.get("weight")))
+        choice = (member.config, member.reason)
+        config, reason = settle(group).get(path, choice) if group else choice
+        if reason or config is None:
+            report.leave(path, reason)
             continue
         made[id(layer)] = prepare_standalone(layer, config, path)
         report.change(path, f"{describe_config(config)}, called by Python code")

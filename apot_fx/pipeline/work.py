@@ -10,7 +10,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ..nn import PreparedLayer, PreparedOp, PreparedRecurrent
+from ..nn import PreparedLayer, PreparedOp, PreparedRecurrent, TransposedProduct
 from ..passes.stage import Work
 
 _PRODUCTS = ("bmm", "baddbmm", "attention")
@@ -24,12 +24,13 @@ def counting_work(prepared: nn.Module) -> Iterator[Work]:
     counts inside of them is put back.
     """
     work, counter = Work(), FlopCounterMode(display=False)
+    counter.mod_tracker = _Everywhere()  # type: ignore[assignment]
     handles = []
     for module in prepared.modules():
         if isinstance(module, PreparedOp):
             inside = _Inside(work, counter)
             handles.append(module.register_forward_pre_hook(inside.enter))
-            handles.append(module.register_forward_hook(inside.leave))
+            handles.append(module.register_forward_hook(inside.leave, with_kwargs=True))
     try:
         with counter:
             yield work
@@ -43,6 +44,17 @@ def counting_work(prepared: nn.Module) -> Iterator[Work]:
             work.float_layers += flops // 2
 
 
+class _Everywhere:
+    """In place of torch's tracker of modules: its hooks trip over views of parameters, which need
+    gradients but have no gradient function under ``no_grad``."""
+
+    parents = frozenset({"Global"})
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *problem: object) -> None: ...
+
+
 class _Inside:
     """The hooks of one quantized layer."""
 
@@ -53,11 +65,13 @@ class _Inside:
     def enter(self, module: nn.Module, args: Any) -> None:
         self.before.append(dict(self.counter.flop_counts["Global"]))
 
-    def leave(self, module: nn.Module, args: Any, result: Any) -> None:
+    def leave(
+        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any
+    ) -> None:
         counts = self.counter.flop_counts["Global"]
         counts.clear()
         counts.update(self.before.pop())
-        self.work.quantized += multiply_adds(module, args, result)
+        self.work.quantized += multiply_adds(module, (*args, *kwargs.values()), result)
 
 
 def multiply_adds(layer: nn.Module, args: Any, result: Any) -> int:
@@ -67,6 +81,8 @@ def multiply_adds(layer: nn.Module, args: Any, result: Any) -> int:
         steps = rows.numel() // max(1, rows.shape[-1])
         return steps * sum(weight.numel() for weight in layer.weights.values())
     if isinstance(layer, PreparedLayer) and isinstance(result, torch.Tensor):
-        shape = layer.weight_shape
-        return result.numel() * (shape.numel() // max(1, shape[0]))
+        count = layer.weight_shape.numel()
+        if isinstance(layer.product, TransposedProduct):  # every input meets the kernel once
+            return int(args[0].numel()) * (count // max(1, layer.weight_shape[0]))
+        return result.numel() * (count // max(1, layer.channels))
     return 0

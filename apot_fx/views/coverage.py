@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..nn import ConvertedLayer, ConvertedRecurrent, PreparedLayer, PreparedRecurrent
-from ..passes.annotate import WITH_WEIGHTS
+from ..nn import ConvertedRecurrent, ConvertedWeighted, PreparedRecurrent, PreparedWeighted
+from ..passes.annotate import has_weights
 from ..passes.edges import index_edges
 from ..passes.tree import stage_info, stages
 
@@ -41,15 +41,13 @@ def _edges(model: nn.Module) -> list[tuple[int, int]]:
     return [(0, 0), *(index_edges(stage) for stage in stages(model).values())]
 
 
-_QUANTIZED = (PreparedLayer, ConvertedLayer, PreparedRecurrent, ConvertedRecurrent)
+_QUANTIZED = (PreparedWeighted, ConvertedWeighted, PreparedRecurrent, ConvertedRecurrent)
 
 
 def _layers(model: nn.Module) -> tuple[int, int]:
     """Quantized layers, and layers left in float."""
     quantized = sum(isinstance(m, _QUANTIZED) for m in model.modules())
-    floats = sum(
-        isinstance(m, WITH_WEIGHTS) and not isinstance(m, _QUANTIZED) for m in model.modules()
-    )
+    floats = sum(has_weights(m) and not isinstance(m, _QUANTIZED) for m in model.modules())
     return quantized, floats
 
 
@@ -57,12 +55,12 @@ def _parameters(model: nn.Module) -> tuple[int, int]:
     """Weights of quantized layers, and those of layers left in float."""
     inside = outside = 0
     for module in model.modules():
-        if isinstance(module, (PreparedLayer, ConvertedLayer)):
+        if isinstance(module, (PreparedWeighted, ConvertedWeighted)):
             inside += module.weight_shape.numel()
         elif isinstance(module, PreparedRecurrent):
             inside += sum(weight.numel() for weight in module.weights.values())
         elif isinstance(module, ConvertedRecurrent):
             inside += sum(part.shape.numel() for part in module.weights.values())
-        elif isinstance(module, WITH_WEIGHTS):
+        elif has_weights(module):
             outside += sum(p.numel() for p in module.parameters(recurse=False))
     return inside, outside

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..nn import ConvertedLayer, PreparedLayer
+from ..nn import ConvertedLayer, ConvertedWeighted, PreparedLayer, PreparedWeighted
 from ..passes.tree import stage_info
 from ..table import Table
 
@@ -30,11 +30,12 @@ def summary(stage: nn.Module) -> Table:
     packed = floats = 0
     seen: set[int] = set()
     for name, layer in stage.named_modules():
-        if not isinstance(layer, (PreparedLayer, ConvertedLayer)):
+        if not isinstance(layer, (PreparedWeighted, ConvertedWeighted)):
             continue
         row = _row(name, layer)
         rows.append(row)
-        stored = layer.weight if isinstance(layer, ConvertedLayer) else layer.weight_fake_quant
+        converted = isinstance(layer, ConvertedWeighted)
+        stored = layer.weight if converted else layer.weight_fake_quant
         if id(stored) not in seen:
             seen.add(id(stored))
             packed += int(str(row["bytes"]))
@@ -45,16 +46,18 @@ def summary(stage: nn.Module) -> Table:
     return Table(_COLUMNS, rows, title=f"{known.origin.__name__}: {known.kind}", notes=notes)
 
 
-def _row(name: str, layer: PreparedLayer | ConvertedLayer) -> dict[str, object]:
-    if isinstance(layer, ConvertedLayer):
-        level_set, kind = layer.weight.level_set, layer.kind
-        inputs = "float" if layer.input_levels is None else str(layer.input_levels)
-        scales = layer.s.numel() + layer.b.numel() + layer.weight.alpha.numel()
+def _row(name: str, layer: PreparedWeighted | ConvertedWeighted) -> dict[str, object]:
+    if isinstance(layer, ConvertedWeighted):
+        level_set, alpha = layer.weight.level_set, layer.weight.alpha
+        inputs = str(layer.input_levels or layer.float_input)
+        own = layer.s.numel() + layer.b.numel() if isinstance(layer, ConvertedLayer) else 0
     else:
-        level_set, kind = layer.weight_fake_quant.known_level_set(), layer.kind
+        level_set, alpha = layer.weight_fake_quant.known_level_set(), layer.weight_fake_quant.alpha
         inputs = "see explain"
-        scales = 2 * layer.weight_shape[0] + layer.weight_fake_quant.alpha.numel()
-    count = layer.weight_shape.numel()
+        own = 0
+        if isinstance(layer, PreparedLayer):
+            own = max(layer.channels, alpha.numel()) + layer.channels
+    kind, scales, count = layer.kind, alpha.numel() + own, layer.weight_shape.numel()
     values = (
         name,
         kind,
