@@ -4,10 +4,12 @@
 ``products`` (multiply-accumulate kinds) and ``fold`` (scale, bias, batch norm) are the arithmetic
 that both stages of a layer share; ``prepared`` and ``converted`` hold the layers, ``add`` and
 ``pool`` a pair each; ``recurrence`` and ``recurrent`` the recurrent layers, and ``standalone`` the
-layers that Python code calls rather than a graph. Files import only those named before them here.
+layers that Python code calls rather than a graph. ``attention`` and ``transformer`` are torch's
+float modules, written out for tracing. Files import only those named before them here.
 """
 
 from .add import ConvertedAdd, PreparedAdd
+from .attention import Expanded, attend
 from .converted import ConvertedLayer
 from .op import ConvertedOp, PreparedOp
 from .pool import ConvertedPool, Pool, PreparedPool
@@ -23,6 +25,7 @@ from .standalone import (
     prepare_standalone,
 )
 from .through_float import ThroughFloat
+from .transformer import EXPANDED, expand_attention, restore_attention
 
 #: Which converted operator takes a prepared one's place.
 CONVERTED: tuple[tuple[type[PreparedOp], type[ConvertedOp]], ...] = (
@@ -33,6 +36,7 @@ CONVERTED: tuple[tuple[type[PreparedOp], type[ConvertedOp]], ...] = (
 
 __all__ = [
     "CONVERTED",
+    "EXPANDED",
     "PREPARED",
     "RECURRENT",
     "STANDALONE",
@@ -42,6 +46,7 @@ __all__ = [
     "ConvertedOp",
     "ConvertedPool",
     "ConvertedRecurrent",
+    "Expanded",
     "FunctionalLayer",
     "LinearProduct",
     "Pool",
@@ -54,9 +59,12 @@ __all__ = [
     "Quantize",
     "Reader",
     "ThroughFloat",
+    "attend",
     "can_fold",
     "convert_standalone",
+    "expand_attention",
     "has_hooks",
     "input_fake_quants",
     "prepare_standalone",
+    "restore_attention",
 ]
