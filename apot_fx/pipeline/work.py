@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from ..nn import PreparedLayer, PreparedOp, PreparedRecurrent
 from ..passes.stage import Work
@@ -24,6 +25,7 @@ def counting_work(prepared: nn.Module) -> Iterator[Work]:
     counts inside of them is put back.
     """
     work, counter = Work(), FlopCounterMode(display=False)
+    counter.mod_tracker = _NoTracker()
     handles = []
     for module in prepared.modules():
         if isinstance(module, PreparedOp):
@@ -41,6 +43,20 @@ def counting_work(prepared: nn.Module) -> Iterator[Work]:
             work.products += flops // 2
         else:
             work.float_layers += flops // 2
+
+
+class _NoTracker(ModuleTracker):
+    """Everything counts as "Global".
+
+    Torch's own asks tensors that layers are called with for their gradient function, and fails on a
+    part of a packed parameter: without gradients it has none, but requires one.
+    """
+
+    def __enter__(self) -> _NoTracker:
+        return self
+
+    def __exit__(self, *args: object) -> None:
+        pass
 
 
 class _Inside:
