@@ -5,11 +5,13 @@
 and adds) and ``fold`` (scale, bias, batch norm) are the arithmetic that both stages of a layer
 share; ``prepared``, ``layers`` (which stands for which float layer) and ``converted`` hold the
 layers, ``embedding``, ``add`` and ``pool`` a pair each; ``recurrence`` and ``recurrent`` the
-recurrent layers, and ``standalone`` those that Python code calls rather than a graph. Files import
-only those named before them here.
+recurrent layers, and ``standalone`` those that Python code calls rather than a graph. ``attention`` and
+``transformer`` are torch's float modules, written out for tracing. Files import only those named
+before them here.
 """
 
 from .add import ConvertedAdd, PreparedAdd
+from .attention import Expanded, attend
 from .converted import ConvertedLayer
 from .convolution import ConvProduct, TransposedProduct
 from .embedding import EMBEDDINGS, ConvertedEmbedding, PreparedEmbedding, PreparedEmbeddingBag
@@ -30,6 +32,7 @@ from .standalone import (
     prepare_standalone,
 )
 from .through_float import ThroughFloat
+from .transformer import EXPANDED, expand_attention, restore_attention
 from .weighted import ConvertedWeighted, PreparedWeighted
 
 #: Which converted operator takes a prepared one's place in a graph.
@@ -43,6 +46,7 @@ __all__ = [
     "CONV1D",
     "CONVERTED",
     "EMBEDDINGS",
+    "EXPANDED",
     "PREPARED",
     "RECURRENT",
     "STANDALONE",
@@ -55,6 +59,7 @@ __all__ = [
     "ConvertedPool",
     "ConvertedRecurrent",
     "ConvertedWeighted",
+    "Expanded",
     "FunctionalLayer",
     "LinearProduct",
     "Pool",
@@ -72,8 +77,10 @@ __all__ = [
     "Reader",
     "ThroughFloat",
     "TransposedProduct",
+    "attend",
     "can_fold",
     "convert_standalone",
+    "expand_attention",
     "has_hooks",
     "input_fake_quants",
     "is_conv1d",
@@ -81,4 +88,5 @@ __all__ = [
     "keep_children",
     "prepare_standalone",
     "prepared_type",
+    "restore_attention",
 ]

@@ -194,9 +194,9 @@ class _Names:
         self.stage = stage
         self.made: dict[Any, str] = {}
         inside = {n for weight in weights for n in _ancestors(weight)}
-        self.called = {
-            str(n.target) for n in stage.graph.nodes if n.op == "call_module" and n not in inside
-        }
+        nodes = stage.graph.nodes
+        self.called = {str(n.target) for n in nodes if n.op == "call_module" and n not in inside}
+        self.read = {str(n.target) for n in nodes if n.op == "get_attr"}
         keys = {_expression(weight): _owner(weight) for weight in weights}
         owners = list(keys.values())
         self.single = {owner for owner in owners if owners.count(owner) == 1}
@@ -214,7 +214,8 @@ class _Names:
         layer.geometry = product
         layer.stands_for = (*_classes(owner), node.target, _layer_type(product))
         name = path
-        if self._may_become(path, owner):
+        own = {str(n.target) for n in (*_ancestors(call.weight), *_ancestors(call.bias))}
+        if self._may_become(path, owner, own):
             layer.__dict__.update(owner.__dict__)
         else:
             parts = (path, _stem(call.weight, owner, product))
@@ -222,9 +223,10 @@ class _Names:
         set_submodule(self.stage, name, layer.train(owner.training))
         return name
 
-    def _may_become(self, path: str, owner: nn.Module) -> bool:
-        """Whether the weight's owner has no other use than this layer."""
-        used = any(name == path or name.startswith(f"{path}.") for name in self.called)
+    def _may_become(self, path: str, owner: nn.Module, own: set[str]) -> bool:
+        """Whether the weight's owner has no other use than this layer, which reads ``own``."""
+        others = self.called | (self.read - own)
+        used = any(name == path or name.startswith(f"{path}.") for name in others)
         registered = {*owner.__dict__, *owner._modules, *owner._parameters, *owner._buffers}
         return bool(path) and path in self.single and not used and not (registered & _OWN)
 
@@ -255,9 +257,9 @@ def _stem(weight: fx.Node, owner: nn.Module, product: Product) -> str:
     return stem if not hasattr(owner, stem) else free_name(owner, stem)
 
 
-def _ancestors(node: fx.Node) -> list[fx.Node]:
-    """A constant's whole computation, itself first."""
-    found = [node]
+def _ancestors(node: Any) -> list[fx.Node]:
+    """A constant's whole computation, itself first; nothing for what is no node."""
+    found = [node] if isinstance(node, fx.Node) else []
     for current in found:
         found.extend(n for n in current.all_input_nodes if n not in found)
     return found

@@ -80,7 +80,7 @@ def _check_convertible(prepared: nn.Module) -> None:
     floats = tuple(
         f"{path}."
         for path, op in standalone(prepared).items()
-        if isinstance(op, PreparedLayer) and op.read_at
+        if isinstance(op, PreparedWeighted) and op.read_at
     )
     for name, module in prepared.named_modules():
         if not isinstance(module, FakeQuantize) or name.startswith(floats):
