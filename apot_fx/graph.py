@@ -127,7 +127,12 @@ def copy_of(model: nn.Module) -> nn.Module:
         for value in module.__dict__.values():
             if isinstance(value, torch.Tensor) and not value.is_leaf:
                 memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
+    clone = copy.deepcopy(model, memo)
+    for module, twin in zip(model.modules(), clone.modules(), strict=True):
+        # Torch's decoder layer puts relu where its activation, a module, is not in its __dict__.
+        if isinstance(module, nn.TransformerDecoderLayer) and "activation" in module._modules:
+            twin.__dict__.pop("activation", None)
+    return clone
 
 
 def module_aliases(owner: nn.Module) -> dict[int, list[str]]:

@@ -5,9 +5,9 @@
 and adds) and ``fold`` (scale, bias, batch norm) are the arithmetic that both stages of a layer
 share; ``prepared``, ``layers`` (which stands for which float layer) and ``converted`` hold the
 layers, ``embedding``, ``add`` and ``pool`` a pair each; ``recurrence`` and ``recurrent`` the
-recurrent layers, and ``standalone`` those that Python code calls rather than a graph. ``attention`` and
-``transformer`` are torch's float modules, written out for tracing. Files import only those named
-before them here.
+recurrent layers, and ``standalone`` those that Python code calls rather than a graph.
+``attention`` and ``transformer`` are torch's float modules, written out for tracing. Files import
+only those named before them here.
 """
 
 from .add import ConvertedAdd, PreparedAdd

@@ -14,6 +14,7 @@ from ..nn import (
     RECURRENT,
     STANDALONE,
     TRANSPOSED,
+    Expanded,
     FunctionalLayer,
     PreparedOp,
     has_hooks,
@@ -55,6 +56,8 @@ _WITH_WEIGHTS = (
 
 def has_weights(module: nn.Module) -> bool:
     """Whether a module is a layer that a config may name."""
+    if isinstance(module, Expanded):
+        return False  # the layers are inside
     return isinstance(module, _WITH_WEIGHTS) or any(map(is_conv1d, type(module).__mro__))
 
 

@@ -125,7 +125,7 @@ class StageModule(fx.GraphModule):
         plain = {k: v for k, v in root.__dict__.items() if k not in taken or k.endswith(_HOOKS)}
         self.__dict__.update(plain)
         self.training = root.training
-        self.apot = StageInfo(kind, type(root))
+        self.apot = StageInfo(kind, getattr(root, "float_type", type(root)))
 
     def __getattr__(self, name: str) -> Any:
         try:

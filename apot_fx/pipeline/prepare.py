@@ -10,7 +10,7 @@ from torch import nn
 from ..config import QConfig, QConfigMapping
 from ..errors import ModelError, TraceError
 from ..graph import copy_of, substitute
-from ..nn import prepare_standalone
+from ..nn import expand_attention, prepare_standalone
 from ..passes import prepare_passes, run_passes
 from ..passes.annotate import describe_config, resolve
 from ..passes.example import Call
@@ -65,6 +65,7 @@ def _same_in_float(prepared: nn.Module, model: nn.Module, call: Call) -> bool:
 def _prepare(
     model: nn.Module, mapping: QConfigMapping, call: Call | None, in_graphs: bool
 ) -> nn.Module:
+    expand_attention(model)
     found = capture(model, call, in_graphs)
     owners = [model, *found.stages.values()]
     originals = {path: model.get_submodule(path) for path in found.stages}
