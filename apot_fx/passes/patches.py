@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .proxy import holds_proxy, value_isinstance
+from .proxy import admitting_isinstance, holds_proxy, value_isinstance
 
 if TYPE_CHECKING:
     from .tracer import ApotTracer
@@ -56,9 +56,13 @@ def _recorded(tracer: ApotTracer, function: Callable[..., Any], always: bool) ->
 
 
 class AskingValues:
-    """Puts an ``isinstance`` that asks proxies' values into users' modules, and takes it out."""
+    """Puts an ``isinstance`` that asks proxies' values into users' modules, and takes it out.
 
-    def __init__(self) -> None:
+    ``admits``: whether ``isinstance(x, torch.fx.Proxy)`` is true of what is traced.
+    """
+
+    def __init__(self, admits: bool) -> None:
+        self._isinstance = admitting_isinstance if admits else value_isinstance
         self._before: list[tuple[dict[str, Any], Any]] = []
         self._seen: set[int] = set()
 
@@ -66,7 +70,7 @@ class AskingValues:
         if id(variables) not in self._seen:
             self._seen.add(id(variables))
             self._before.append((variables, variables.get("isinstance")))
-            variables["isinstance"] = value_isinstance
+            variables["isinstance"] = self._isinstance
 
     def restore(self) -> None:
         for variables, before in self._before:

@@ -201,6 +201,14 @@ def value_isinstance(value: object, kinds: Any) -> bool:
     return isinstance(value, kinds)
 
 
+def admitting_isinstance(value: object, kinds: Any) -> bool:
+    """The same, but who asks whether it is being traced is told so.
+
+    Transformers asks, and then builds attention masks whatever their values.
+    """
+    return (kinds is fx.Proxy and is_proxy(value)) or value_isinstance(value, kinds)
+
+
 def holds_proxy(values: Iterable[Any]) -> bool:
     """Whether a proxy is among values or the members of their tuples, lists, dicts and slices."""
     return any(

@@ -67,6 +67,7 @@ class ApotTracer(fx.Tracer):
         self.in_function = ""  # the opaque function that runs on the example's values
         self.refused: list[Callable[..., Any]] = []  # functions that can't be called as a whole
         self.settles_sizes = True  # whether a decision on sizes may be taken as the example does
+        self.admits = True  # whether code that asks is told that it is being traced
         self.refused_lines: frozenset[str] = frozenset()  # whose decisions can't be kept
 
     # Values of the example

@@ -91,9 +91,10 @@ class _Search:
             raise TraceError("it is called with arguments of several kinds")
         writing = [m for m in module.modules() if getattr(m, "inplace", False) is True]
         refused: set[str] = set()
+        admits = calls is not None
         while True:
             try:
-                return _verified(path, module, calls, refused)
+                return _verified(path, module, calls, refused, admits)
             except GuardError as guard:
                 _set_inplace(writing)
                 if not guard.line or guard.line in refused:
@@ -101,7 +102,9 @@ class _Search:
                 refused.add(guard.line)
             except TraceError:
                 _set_inplace(writing)
-                raise
+                if not admits:
+                    raise
+                admits = False  # its code may compute otherwise once it knows of the trace
 
     def _inside(self, path: str, module: nn.Module, calls: Calls | None) -> dict[str, Calls] | None:
         """How a module calls what is below it, by relative path; None without an example."""
@@ -154,9 +157,11 @@ class _Search:
             self._visit_children(full, module, own, outer.of(nodes, ends))
 
 
-def _verified(path: str, module: nn.Module, calls: Calls | None, refused: set[str]) -> StageModule:
+def _verified(
+    path: str, module: nn.Module, calls: Calls | None, refused: set[str], admits: bool
+) -> StageModule:
     example = None if calls is None else calls.examples[0]
-    traced = trace(module, example, refused_lines=refused, settles_sizes=not path)
+    traced = trace(module, example, (), refused, settles_sizes=not path, admits=admits)
     stage = run_passes(traced, [Functionalize()])
     if calls is not None:
         check_bits(stage, module, calls)
