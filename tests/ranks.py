@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import datetime
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -28,6 +29,7 @@ STEPS = 10
 LEVELS = torch.tensor([-10, -8, -6, -4, -3, -2, -1, 0, 1, 2, 3, 4, 6, 8, 10])
 
 Result = dict[str, torch.Tensor]
+Switches = dict[int, Callable[[nn.Module], None]]
 
 
 def on_grid(*shape: int, seed: int, unit: float) -> torch.Tensor:
@@ -93,16 +95,20 @@ def recurrent_calibration(rank: int, world: int) -> Result:
 
 
 def trained(
-    stage: StageModule, rank: int, world: int, switches: dict[int, object] | None = None
+    stage: StageModule,
+    rank: int,
+    world: int,
+    momentum: float = 0.9,
+    switches: Switches | None = None,
 ) -> Result:
     """STEPS steps of SGD: statistics, state and α after the first forward, Parameters at last."""
     stage.train()
     model: nn.Module = DistributedDataParallel(stage) if world > 1 else stage
-    optimizer = torch.optim.SGD(model.parameters(), 0.002, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), 0.002, momentum)
     result: Result = {}
     for step in range(STEPS):
         if switches and step in switches:
-            stage.apply(switches[step])  # type: ignore[arg-type]
+            stage.apply(switches[step])
         x = on_grid(8, 2, 8, 8, seed=step, unit=1 / 8)
         if step:  # off the grid, so that no value ties with a threshold and α learns
             x = x + torch.rand(x.shape, generator=torch.Generator().manual_seed(step)) / 8
@@ -122,12 +128,13 @@ def small() -> StageModule:
     return prepare(network(*layers), "moving_average")
 
 
-def training(rank: int, world: int) -> Result:
+def training_uncalibrated(rank: int, world: int) -> Result:
     """α from the first train forward."""
     return trained(small(), rank, world)
 
 
 def training_after_calibration(rank: int, world: int) -> Result:
+    """α from calibration under ``torch.distributed``."""
     stage = small()
     batch = on_grid(8, 2, 8, 8, seed=100, unit=1 / 8)
     apot_fx.calibrate(stage, [part(batch, rank, world, 3)], progress=False)
@@ -137,16 +144,19 @@ def training_after_calibration(rank: int, world: int) -> Result:
 def training_with_switches(rank: int, world: int) -> Result:
     """In float first, then α led by observers, then learned: every Parameter waits its turn.
 
-    One process differs here: a weight's α led by min-max lies on its largest weight, so that the
-    last bit decides whether that weight counts as clipped.
+    Without momentum: DistributedDataParallel gives a zero gradient where one process gives none,
+    and momentum moves what has a gradient.
     """
-    switches = {
+    switches: Switches = {
         0: apot_fx.disable_fake_quant,
         3: apot_fx.enable_fake_quant,
         4: apot_fx.enable_observer,
         7: apot_fx.disable_observer,
     }
-    return trained(small(), rank, world, dict(switches))
+    return trained(small(), rank, world, 0.0, switches)
+
+
+TRAINING = (training_uncalibrated, training_after_calibration, training_with_switches)
 
 
 def uneven(rank: int, world: int) -> str:
@@ -163,14 +173,8 @@ def uneven(rank: int, world: int) -> str:
 
 def scenarios(rank: int, world: int) -> dict[str, Result]:
     found = {f"calibration {name}": calibration(rank, world, name) for name in OBSERVERS}
-    for run in (
-        recurrent_calibration,
-        training,
-        training_after_calibration,
-        training_with_switches,
-    ):
-        found[run.__name__] = run(rank, world)
-    return found
+    runs = (recurrent_calibration, *TRAINING)
+    return found | {run.__name__: run(rank, world) for run in runs}
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,12 @@ def test_a_rank_that_sees_only_zeros_keeps_step(results: list[dict[str, Any]]) -
         assert_same_bits(result["recurrent_calibration"], expected)
 
 
-@pytest.mark.parametrize("name", ["training", "training_after_calibration"])
-def test_training_is_that_of_the_joined_batches(results: list[dict[str, Any]], name: str) -> None:
-    expected = getattr(ranks, name)(0, 1)
-    first, second = (result[name] for result in results)
+@pytest.mark.parametrize("run", ranks.TRAINING)
+def test_training_is_that_of_the_joined_batches(
+    results: list[dict[str, Any]], run: Callable[[int, int], ranks.Result]
+) -> None:
+    expected = run(0, 1)
+    first, second = (result[run.__name__] for result in results)
     assert_same_bits(first, second)
     assert_same_bits(first, expected, "first.")
     for key, value in expected.items():
@@ -84,14 +87,6 @@ def test_training_is_that_of_the_joined_batches(results: list[dict[str, Any]], n
     for number in range(2):  # or the test would say little
         alpha = f"activation_post_process_{number}.alpha"
         assert expected[f"first.{alpha}"] != expected[f"last.{alpha}"]
-
-
-def test_every_parameter_takes_part_whatever_is_switched_off(
-    results: list[dict[str, Any]],
-) -> None:
-    first, second = (result["training_with_switches"] for result in results)
-    assert_same_bits(first, second)
-    assert all(value.isfinite().all() for value in first.values())
 
 
 def test_ranks_with_different_numbers_of_batches_are_refused(

@@ -172,7 +172,7 @@ class PreparedRecurrent(PreparedOp):
             self._train_form(steps, seen)
         for name, quant in self.input_fake_quants.items():
             if quant.observer_enabled:
-                _show(quant, torch.cat(seen[name.removeprefix("activation_post_process_")]))
+                show(quant, torch.cat(seen[name.removeprefix("activation_post_process_")]))
 
     @torch.no_grad()
     def integer_weight(self, name: str) -> torch.Tensor:
@@ -223,7 +223,7 @@ def _proved_sign(mode: str, key: str, signed: bool | None) -> bool | None:
     return True
 
 
-def _show(quant: FakeQuantize, values: torch.Tensor) -> None:
+def show(quant: FakeQuantize, values: torch.Tensor) -> None:
     """Let a fake-quant observe. Zeros alone (the default state) tell no range: they only count
     until other values come, and let nothing leave ``observing``."""
     observer = quant.observer
