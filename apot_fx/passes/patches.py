@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .proxy import admitting_isinstance, holds_proxy, value_isinstance
+from .proxy import admitting_isinstance, holds_proxy, is_proxy, value_isinstance
 
 if TYPE_CHECKING:
     from .tracer import ApotTracer
@@ -27,9 +27,10 @@ _RANDOM = "rand randn randint randperm normal bernoulli poisson multinomial".spl
 def recording_factories(tracer: ApotTracer) -> Iterator[None]:
     """While open, tensor factories are graph nodes and entered autocast regions are counted."""
     # fx imports it anyway; it must not learn of torch's functions while they are others.
-    importlib.import_module("torch._dynamo")
+    dynamo: Any = importlib.import_module("torch._dynamo")
     before = {name: getattr(torch, name) for name in (*_FACTORIES, *_RANDOM)}
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+    marking = dynamo.mark_static_address
     try:
         for name, function in before.items():
             if not isinstance(function, type):
@@ -37,8 +38,10 @@ def recording_factories(tracer: ApotTracer) -> Iterator[None]:
         torch.finfo = _recorded(tracer, before["finfo"], False)  # type: ignore[assignment,misc]
         torch.autocast.__enter__ = _entering(tracer, enter)  # type: ignore[method-assign]
         torch.autocast.__exit__ = _leaving(tracer, leave)  # type: ignore[method-assign]
+        dynamo.mark_static_address = _on_tensors(marking)
         yield
     finally:
+        dynamo.mark_static_address = marking
         for name, function in before.items():
             setattr(torch, name, function)
         torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
@@ -53,6 +56,15 @@ def _recorded(tracer: ApotTracer, function: Callable[..., Any], always: bool) ->
         return tracer.create_proxy("call_function", function, args, kwargs)
 
     return record
+
+
+def _on_tensors(mark: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks are hints for a compiler; what is traced has no address yet."""
+
+    def marked(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return None if is_proxy(tensor) else mark(tensor, *args, **kwargs)
+
+    return marked
 
 
 class AskingValues:

@@ -16,7 +16,7 @@ from ..fake_quant import LEARNING, FakeQuantize
 from ..nn import PreparedWeighted
 from ..passes.stage import Work
 from ..passes.tree import stage_info, standalone
-from .floats import parameter_reads
+from .reads import parameter_reads
 from .work import counting_work
 
 

@@ -42,7 +42,7 @@ class Captured:
 def capture(model: nn.Module, call: Call | None, in_graphs: bool = True) -> Captured:
     """Capture a model, which keeps its modules, attributes and values.
 
-    ``call``: example inputs, by which every graph is verified, with another batch size too.
+    ``call``: example inputs, by which every graph is verified, with other sizes too.
     ``in_graphs=False`` keeps all of the user's code in Python: only standalone layers are found.
     """
     search = _Search(in_graphs)
