@@ -22,6 +22,7 @@ from ..nn import (
 )
 from ..passes.functional_layers import constants
 from ..passes.index_ops import bounds
+from ..passes.opaque_call import OpaqueCall
 from ..passes.stage import StageModule, info
 from ..passes.tree import joined, stage_info, stages, standalone
 from ..table import Table
@@ -114,6 +115,10 @@ def _row(stage: StageModule, call: fx.Node, reasons: dict[str, str]) -> dict[str
     if isinstance(module, ConvertedWeighted):
         inputs = str(module.input_levels or module.float_input)
         return _cells(name, module.kind, "integer", str(module.weight.level_set), inputs)
+    if isinstance(module, OpaqueCall):
+        called = f"{module.function.__name__.strip('_')}()"
+        why = reasons.get(f"{module.function.__name__}()", "left as one call")
+        return _cells(name, called, "float", why=_with_remedy(why))
     op = describe_call(stage, call)
     if found.quantizer:
         return _cells(name, op, "index", why=f"carries indices of {found.quantizer}")
