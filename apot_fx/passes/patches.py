@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
 from .proxy import admitting_isinstance, holds_proxy, is_proxy, value_isinstance
 
@@ -56,6 +57,25 @@ def _recorded(tracer: ApotTracer, function: Callable[..., Any], always: bool) ->
         return tracer.create_proxy("call_function", function, args, kwargs)
 
     return record
+
+
+@contextmanager
+def tracing_into_wrapped() -> Iterator[None]:
+    """While open, functions that users gave to ``torch.fx.wrap`` are traced into.
+
+    They are wrapped since fx itself can't follow them; what an example's values can't follow either
+    becomes an opaque function.
+    """
+    wrapped = fx._symbolic_trace._wrapped_fns_to_patch
+    before = dict(wrapped)
+    for key, variables in before.items():
+        if not str(variables.get("__name__", "")).startswith(("apot_fx.", "torch.")):
+            del wrapped[key]
+    try:
+        yield
+    finally:
+        wrapped.clear()
+        wrapped.update(before)
 
 
 def _on_tensors(mark: Callable[..., Any]) -> Callable[..., Any]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dis
 import operator
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -172,6 +173,23 @@ class ApotAttribute(ApotProxy):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+
+class TrainingFlag(int):
+    """Stands in for ``module.training`` while tracing, and knows whose it is."""
+
+    owner: str
+    branched: Callable[[str, str], None]
+
+    def __new__(cls, value: bool, owner: str, branched: Callable[[str, str], None]) -> TrainingFlag:
+        flag = super().__new__(cls, value)
+        flag.owner, flag.branched = owner, branched
+        return flag
+
+    def __bool__(self) -> bool:
+        frame = traceback.extract_stack(limit=2)[0]
+        self.branched(self.owner, f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}")
+        return int(self) != 0
 
 
 def _attribute(value: Any, name: str) -> Any:

@@ -10,6 +10,7 @@ function (``opaque_call``) or a submodule.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..errors import TraceError
 from ..graph import KIND, user_line
 from .attempts import Attempts, opaque_functions
 from .example import Call
-from .patches import AskingValues, recording_factories
+from .patches import AskingValues, recording_factories, tracing_into_wrapped
 from .proxy import Untraceable
 from .purity import Attributes, random_state, watching_globals
 from .report import PassReport
@@ -118,6 +119,7 @@ def _attempt(
         training_flags(model, branched),
         recording_factories(tracer),
         opaque_functions(tracer, attempts),
+        tracing_into_wrapped() if tracer.example is not None else nullcontext(),
         watching_globals(tracer.notice_outside_state, asking.visit),
     ):
         before = random_state()

@@ -220,7 +220,7 @@ class ApotTracer(fx.Tracer):
         """Record a call of a Python function that can't be followed."""
         try:
             stripped = pytree.tree_map(self._stripped, (args, kwargs), is_leaf=is_proxy)
-            call = OpaqueCall(function, *stripped)
+            call = OpaqueCall(function, *stripped).train(int(self.root.training) != 0)
             name = free_name(self.root, f"opaque_{function.__name__.strip('_')}")
             self.root.add_module(name, call)
             self.opaque.append(name)

@@ -13,11 +13,13 @@ import dataclasses
 from torch import nn
 
 from ..errors import GuardError, TraceError
+from ..graph import called_module
 from ..nn import is_standalone_type
 from ..passes import run_passes, trace
 from ..passes.annotate import OuterLayers, has_weights
 from ..passes.example import Call
 from ..passes.functionalize import Functionalize
+from ..passes.opaque_call import OpaqueCall
 from ..passes.stage import StageModule
 from ..passes.tree import joined
 from .floats import Calls, calls_inside, check_bits, resized
@@ -94,7 +96,11 @@ class _Search:
         admits = calls is not None
         while True:
             try:
-                return _verified(path, module, calls, refused, admits)
+                stage = _verified(path, module, calls, refused, admits)
+                if not refused or calls is None or not _loses_layers(stage, calls):
+                    return stage
+                # Rather guarded sizes than float layers.
+                return _verified(path, module, calls.first, set(), admits)
             except GuardError as guard:
                 _set_inplace(writing)
                 if not guard.line or guard.line in refused:
@@ -168,6 +174,23 @@ def _verified(
     elif path and any(n.meta.get("keep") for n in stage.graph.nodes if n.op == "call_function"):
         raise TraceError("how its caller sets its options is not known without example_inputs")
     return stage
+
+
+def _loses_layers(stage: StageModule, calls: Calls) -> bool:
+    """Whether code that stays Python uses weights of layers, which then stay float."""
+    owners = {
+        f"{path}.{name}"
+        for path, layer in stage.named_modules()
+        if has_weights(layer)
+        for name, _ in layer.named_parameters(recurse=False)
+    }
+    for node in stage.graph.nodes:
+        if isinstance(called_module(stage, node), OpaqueCall):
+            read = {str(n.target) for n in node.all_input_nodes if n.op == "get_attr"}
+            if read & owners:
+                return True
+    leaves = [stage.get_submodule(leaf) for leaf in stage.apot.opaque]
+    return any(map(_holds_layers, leaves)) and bool(calls_inside(stage, calls)[1])
 
 
 def _set_inplace(modules: list[nn.Module]) -> None:

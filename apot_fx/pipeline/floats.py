@@ -36,10 +36,10 @@ class Calls:
         kinds = [_kind_of((call.args, call.kwargs)) for call in calls]
         return cls(tuple(calls[:_EXAMPLES]), all(kind == kinds[0] for kind in kinds))
 
-    def joined(self, more: Calls) -> Calls:
-        """These calls and more of them."""
-        both = Calls.of([*self.examples, *more.examples])
-        return Calls(both.examples, both.alike and self.alike and more.alike)
+    @property
+    def first(self) -> Calls:
+        """The first call alone."""
+        return Calls(self.examples[:1], self.alike)
 
 
 def _kind_of(value: Any) -> Any:
