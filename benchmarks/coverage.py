@@ -3,6 +3,8 @@
     python benchmarks/coverage.py [--family timm] [--only resnet] [--json coverage.json]
                                   [--markdown docs/coverage.md]
 
+With ``--json``, rows of models that are not run now are kept.
+
 Columns: leaves: parts left in Python; calls: share of the executed calls (torch functions and leaf
 nn modules of one eager float run) that stand in a graph; macs: share of the multiply-adds of Linear
 and convolutions that quantized layers do, both counted in a float run; edges: layer-to-layer edges
@@ -116,20 +118,29 @@ def main() -> None:
     options.add_argument("--markdown", type=Path)
     chosen = options.parse_args()
     warnings.filterwarnings("ignore")
-    rows: list[dict[str, Any]] = []
+    found = _known(chosen.json)
     for family in chosen.family or FAMILIES:
         for entry in FAMILIES[family]():
             if chosen.only and not any(part in entry[0] for part in chosen.only):
                 continue
             row = measure(entry)
             if row is not None:
-                rows.append(row)
+                found[row["model"]] = row
                 print(
                     " ".join(f"{key}={row[key]}" for key in COLUMNS if row[key] != ""), flush=True
                 )
             gc.collect()
-            _write(chosen, rows)
+            _write(chosen, list(found.values()))
+    _write(chosen, list(found.values()))
+    rows = list(found.values())
     print(Table(COLUMNS, rows, title="coverage", notes=summarise(rows)))
+
+
+def _known(path: Path | None) -> dict[str, dict[str, Any]]:
+    """Rows of an earlier run, by model: what is measured anew takes their place."""
+    if path is None or not path.exists():
+        return {}
+    return {row["model"]: row for row in json.loads(path.read_text())["models"]}
 
 
 def _write(chosen: argparse.Namespace, rows: list[dict[str, Any]]) -> None:
@@ -146,7 +157,7 @@ def _markdown(rows: list[dict[str, Any]]) -> str:
     lines = [f"| {' | '.join(columns)} |", f"|{'---|' * len(columns)}"]
     lines += [f"| {' | '.join(str(row[column]) for column in columns)} |" for row in rows]
     command = "`python benchmarks/coverage.py --markdown docs/coverage.md`"
-    about = (__doc__ or "").split("\n\n")[2].strip()
+    about = (__doc__ or "").split("\n\n")[3].strip()
     table = "\n".join(lines)
     return f"# Coverage\n\nMade by {command}.\n{about}\n\n{head}\n\n{table}\n"
 
