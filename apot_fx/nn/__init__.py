@@ -2,12 +2,21 @@
 
 ``op`` says what all have in common, ``quantize`` how results leave a converted operator.
 ``products`` (multiply-accumulate kinds) and ``fold`` (scale, bias, batch norm) are the arithmetic
-that both stages of a layer share; ``prepared`` and ``converted`` hold the layers, ``add`` and
-``pool`` a pair each; ``recurrence`` and ``recurrent`` the recurrent layers, and ``standalone`` the
-layers that Python code calls rather than a graph. Files import only those named before them here.
+that both stages of a layer share; ``prepared`` and ``converted`` hold the layers, ``add``,
+``pool``, ``contraction`` (products of two activations) and ``attention`` a pair each;
+``recurrence`` and ``recurrent`` the recurrent layers, and ``standalone`` the layers that Python
+code calls rather than a graph. Files import only those named before them here.
 """
 
 from .add import ConvertedAdd, PreparedAdd
+from .attention import Attention, ConvertedAttention, PreparedAttention
+from .contraction import (
+    Contraction,
+    ConvertedPairOp,
+    ConvertedProduct,
+    PreparedPairOp,
+    PreparedProduct,
+)
 from .converted import ConvertedLayer
 from .op import ConvertedOp, PreparedOp
 from .pool import ConvertedPool, Pool, PreparedPool
@@ -29,6 +38,8 @@ CONVERTED: tuple[tuple[type[PreparedOp], type[ConvertedOp]], ...] = (
     (PreparedLayer, ConvertedLayer),
     (PreparedAdd, ConvertedAdd),
     (PreparedPool, ConvertedPool),
+    (PreparedProduct, ConvertedProduct),
+    (PreparedAttention, ConvertedAttention),
 )
 
 __all__ = [
@@ -36,20 +47,28 @@ __all__ = [
     "PREPARED",
     "RECURRENT",
     "STANDALONE",
+    "Attention",
+    "Contraction",
     "ConvProduct",
     "ConvertedAdd",
+    "ConvertedAttention",
     "ConvertedLayer",
     "ConvertedOp",
+    "ConvertedPairOp",
     "ConvertedPool",
+    "ConvertedProduct",
     "ConvertedRecurrent",
     "FunctionalLayer",
     "LinearProduct",
     "Pool",
     "PreparedAdd",
+    "PreparedAttention",
     "PreparedFunctional",
     "PreparedLayer",
     "PreparedOp",
+    "PreparedPairOp",
     "PreparedPool",
+    "PreparedProduct",
     "PreparedRecurrent",
     "Quantize",
     "Reader",

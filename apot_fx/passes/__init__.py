@@ -8,6 +8,7 @@ normalize              functional dropout and batch norm become modules
 functional_layers      F.linear and F.conv… on parameters become layers
 annotate               every layer gets a plan or a reason (the only place of policy)
 residual               adds and average pools become operators, where the config says so
+products               products of two activations become operators, where the config says so
 fold                   a layer and the batch norm that alone reads it become one call
 share                  which quantized edges use one fake-quant
 insert                 fake-quants on the edges, layers in their prepared form
@@ -36,6 +37,7 @@ from .functionalize import Functionalize
 from .hoist import Hoist
 from .insert import Insert
 from .normalize import Normalize
+from .products import QuantizeProducts
 from .residual import QuantizeResiduals
 from .share import Share
 from .trace import trace
@@ -58,6 +60,7 @@ def prepare_passes(
         FunctionalLayers(),
         Annotate(mapping, path, ends),
         QuantizeResiduals(mapping),
+        QuantizeProducts(mapping),
         FoldBatchNorm(),
         Share(),
         Insert(path),

@@ -43,28 +43,26 @@ class QuantizeResiduals(Pass):
             if node.meta.get("pinned") or node.meta.get("keep"):
                 continue
             if _is_add(node):
-                _replace(stage, node, "apot_add", PreparedAdd(), (node.args[0], node.args[1]), spec)
+                both = (node.args[0], node.args[1])
+                put_operator(stage, node, "apot_add", PreparedAdd(), both, LayerPlan(None, spec))
                 report.change(node, f"add on {spec.describe()}")
                 continue
             pool = pool_of(stage, node)
             if pool is not None:
                 source = argument(node, 0, "input")
-                _replace(stage, node, "apot_pool", PreparedPool(pool), source, spec)
+                plan = LayerPlan(None, spec)
+                put_operator(stage, node, "apot_pool", PreparedPool(pool), source, plan)
                 report.change(node, f"average pool on {spec.describe()}")
 
 
-def _replace(
-    stage: StageModule,
-    node: fx.Node,
-    stem: str,
-    op: PreparedOp,
-    source: Any,
-    spec: ActivationSpec,
+def put_operator(
+    stage: StageModule, node: fx.Node, stem: str, op: PreparedOp, source: Any, plan: LayerPlan
 ) -> None:
+    """Let a node call an operator on ``source``, a value or a tuple of them."""
     name = free_name(stage, stem)
     stage.add_module(name, op.train(stage.training))
     node.op, node.target, node.args, node.kwargs = "call_module", name, (source,), {}
-    node.meta[PLAN] = LayerPlan(None, spec)
+    node.meta[PLAN] = plan
     set_info(node, layer=name)
 
 
