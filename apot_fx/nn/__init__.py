@@ -3,13 +3,12 @@
 ``op`` says what all have in common, ``quantize`` how results leave a converted operator.
 ``products`` (multiply-accumulate kinds) and ``fold`` (scale, bias, batch norm) are the arithmetic
 that both stages of a layer share; ``prepared`` and ``converted`` hold the layers, ``add``,
-``pool``, ``contraction`` (products of two activations) and ``attention`` a pair each;
+``pool``, ``contraction`` (products of two activations) and ``dot_attention`` a pair each;
 ``recurrence`` and ``recurrent`` the recurrent layers, and ``standalone`` the layers that Python
 code calls rather than a graph. Files import only those named before them here.
 """
 
 from .add import ConvertedAdd, PreparedAdd
-from .attention import Attention, ConvertedAttention, PreparedAttention
 from .contraction import (
     Contraction,
     ConvertedPairOp,
@@ -18,6 +17,7 @@ from .contraction import (
     PreparedProduct,
 )
 from .converted import ConvertedLayer
+from .dot_attention import Attention, ConvertedAttention, PreparedAttention
 from .op import ConvertedOp, PreparedOp
 from .pool import ConvertedPool, Pool, PreparedPool
 from .prepared import PREPARED, FunctionalLayer, PreparedFunctional, PreparedLayer, can_fold

@@ -68,7 +68,7 @@ class Contraction:
         for labels, operand in zip(inputs.split(","), (a, b), strict=True):
             for label, size in zip(labels, operand.shape, strict=True):
                 sizes[label] = max(size, sizes.get(label, 1)) if size else 0
-        return math.prod(size for label, size in sizes.items() if label not in output)
+        return math.prod([size for label, size in sizes.items() if label not in output])
 
 
 def multiply(

@@ -327,6 +327,25 @@ def test_half_precision_models() -> None:
     assert {type(op) for op in pair_ops(prepared)} == {PreparedProduct}
 
 
+SWITCHED = [sdpa, explicit, einsums, causal]
+
+
+@pytest.mark.parametrize("fn", SWITCHED, ids=names(SWITCHED))
+def test_switches_and_export(fn: Fn) -> None:
+    """Autocast and mkldnn change no bit of the integers; a stage exports."""
+    prepared = calibrated(fn)
+    converted = apot_fx.convert_apot(prepared)
+    x = batches(fn)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        assert apot_fx.check_parity(prepared, converted, batches(fn)).ok
+    expected = converted(*x)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert apot_fx.check_parity(prepared, converted, batches(fn)).ok
+        assert torch.equal(converted(*x), expected)
+    exported = torch.export.export(converted, x, strict=False).module()
+    assert torch.equal(exported(*x), expected)
+
+
 def test_the_option_is_checked() -> None:
     with pytest.raises(ConfigError, match=r"ActivationSpec\.products"):
         ActivationSpec(products=9)

@@ -10,12 +10,7 @@ import torch
 import torch.nn.functional as functional
 
 from ..fake_quant import FakeQuantize
-from .contraction import (
-    Contraction,
-    ConvertedPairOp,
-    PreparedPairOp,
-    multiply,
-)
+from .contraction import Contraction, ConvertedPairOp, PreparedPairOp, multiply
 from .quantize import Quantize
 
 Three = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
@@ -53,7 +48,7 @@ class Attention:
         """
         scores = scores * (1 / math.sqrt(width) if scale is None else scale)
         if self.causal:
-            visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).tril()
+            visible = scores.new_ones(scores.shape[-2:], dtype=torch.bool).tril()
             scores = scores.masked_fill(~visible, -math.inf)
         if mask is None:
             return scores.softmax(-1)
