@@ -10,7 +10,7 @@ from torch import nn
 from . import parity, pipeline, views
 from .batches import Forward
 from .config import ActivationSpec, QConfig, QConfigMapping, WeightSpec, presets
-from .errors import ApotError
+from .errors import ApotError, StageError
 from .fake_quant import (
     FakeQuantize,
     disable_fake_quant,
@@ -53,6 +53,7 @@ __all__ = [
     "explain",
     "fake_quantize",
     "freeze",
+    "merge_observers",
     "pack",
     "prepare_apot",
     "presets",
@@ -104,7 +105,9 @@ def calibrate(
     """Show data to the observers, then fix signs and α (state ``frozen``).
 
     Runs in eval without gradients; modes and random state are restored. Calibrating again starts
-    afresh, except for α that training has learned. On any error nothing is changed.
+    afresh, except for α that training has learned. On any error nothing is changed. Under
+    ``torch.distributed`` every rank calls it with as many batches of its own; statistics and α
+    then are the same on all, as of the joined batches in one process.
 
     Args:
         prepared: what ``prepare_apot`` gave.
@@ -114,7 +117,8 @@ def calibrate(
         progress: show a progress bar on a terminal.
 
     Raises:
-        CalibrationError: no batch at all, or one that the model does not take.
+        CalibrationError: no batch at all, one that the model does not take, or ranks with
+            different numbers of batches.
         StageError: not a prepared model.
 
     >>> import torch
@@ -125,6 +129,42 @@ def calibrate(
     'frozen'
     """
     pipeline.calibrate(require_stage(prepared, "prepared", "calibrate"), batches, forward, progress)
+
+
+def merge_observers(prepared: nn.Module, others: Iterable[nn.Module]) -> None:
+    """Join what copies of one prepared model observed, each on its own shard of the data.
+
+    ``prepared`` then has the statistics, signs and α that calibration on all the data would have
+    given, bit for bit, whatever the order and grouping, and is ``frozen``; what no copy ran stays
+    ``observing``. Copies may be calibrated, or observed by a loop of your own. Under
+    ``torch.distributed`` ``calibrate`` joins all by itself and nothing is left to merge.
+
+    Args:
+        prepared: a prepared model; changed, but not on any error.
+        others: copies of it (deepcopy, or loaded in another process); left as they are.
+
+    Raises:
+        CalibrationError: an observer that can't be merged (the presets' moving average depends on
+            the order of batches), or an α that learns already; the fake-quant is named.
+        StageError: not prepared models, or no copies of one another.
+
+    >>> import copy, torch
+    >>> from torch import nn
+    >>> config = QConfig(WeightSpec(), ActivationSpec(observer="mse"))
+    >>> prepared = prepare_apot(nn.Sequential(nn.Linear(8, 8), nn.ReLU()), config)
+    >>> other, whole = copy.deepcopy(prepared), copy.deepcopy(prepared)
+    >>> shards = [torch.randn(4, 8), torch.randn(4, 8)]
+    >>> calibrate(prepared, shards[:1]), calibrate(other, shards[1:]), calibrate(whole, shards)
+    (None, None, None)
+    >>> merge_observers(prepared, [other])
+    >>> name = "activation_post_process_0"
+    >>> torch.equal(prepared.get_submodule(name).alpha, whole.get_submodule(name).alpha)
+    True
+    """
+    if isinstance(others, nn.Module):
+        raise StageError("merge_observers: others is one model; pass [other]")
+    stages = [require_stage(other, "prepared", "merge_observers") for other in others]
+    pipeline.merge_observers(require_stage(prepared, "prepared", "merge_observers"), stages)
 
 
 def convert_apot(

@@ -131,14 +131,19 @@ class FakeQuantize(nn.Module):
             self._observe(x)
         return self.on_grid(x)
 
-    def on_grid(self, x: torch.Tensor) -> torch.Tensor:
-        """What :meth:`forward` gives, with nothing observed."""
+    def on_grid(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        """What :meth:`forward` gives, with nothing observed.
+
+        ``rows``: ``x`` is not the whole weight but these rows of it, each with its own α.
+        """
         if self.training and self.state == FROZEN:  # calibrated while in train mode
             self.state = LEARNING
         if not self.quantizes:
-            return x
+            return _Unused.apply(x, self.alpha) if self.training else x
         learns = self.state == LEARNING and not self.observer_enabled
-        alpha = self.alpha if learns else self.alpha.detach()
+        alpha = self.alpha if learns or self.training else self.alpha.detach()
+        if rows is not None and self.axis is not None:
+            alpha = alpha.index_select(0, rows)
         grad = "rcf" if learns else "ste"
         quantized: torch.Tensor = torch.ops.apot_fx.fake_quantize(
             x, alpha, self.level_spec, self.axis, self.group_size, grad, not self.training
@@ -160,6 +165,15 @@ class FakeQuantize(nn.Module):
         elif self.training and self.observer.seen:
             # First train forward without calibration: one batch says too little about signs.
             self._leave_observing(signed=self.known_sign is not False)
+
+    def freeze_by(self, observer: Observer) -> None:
+        """Take over another observer's statistics and freeze as if they had been seen here."""
+        assert self.observer is not None
+        enabled = self.observer_enabled and self.state != OBSERVING
+        self.observer.load_state_dict(observer.state_dict())
+        self.state, self.signed = OBSERVING, self.known_sign
+        self.freeze()
+        self.observer_enabled = enabled
 
     def freeze(self) -> None:
         """Fix signedness and α from what was observed; no effect unless ``observing``.
@@ -229,6 +243,19 @@ class FakeQuantize(nn.Module):
     def extra_repr(self) -> str:
         levels = self.level_spec or f"{self.spec.describe()}, signedness open"
         return f"{self.state}, {levels}, alpha{tuple(self.alpha.shape)}"
+
+
+class _Unused(torch.autograd.Function):
+    """``x``, with α in its graph but no gradient for it: DistributedDataParallel waits for every
+    Parameter, also of a fake-quant that is switched off or led by its observer."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return grad[0], None
 
 
 _EXTRA = ("state", "signed", "level_spec", "observer_enabled", "fake_quant_enabled")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -117,6 +118,21 @@ def substitute(owners: Iterable[nn.Module], new: Mapping[int, nn.Module]) -> Non
             for name, child in module._modules.items():
                 if id(child) in new:
                     module._modules[name] = new[id(child)]
+
+
+def copy_of(model: nn.Module) -> nn.Module:
+    """A deep copy, also where a module keeps computed tensors (as torch's old weight_norm does)."""
+    memo: dict[int, Any] = {}
+    for module in model.modules():
+        for value in module.__dict__.values():
+            if isinstance(value, torch.Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    clone = copy.deepcopy(model, memo)
+    for module, twin in zip(model.modules(), clone.modules(), strict=True):
+        # Torch's decoder layer puts relu where its activation, a module, is not in its __dict__.
+        if isinstance(module, nn.TransformerDecoderLayer) and "activation" in module._modules:
+            twin.__dict__.pop("activation", None)
+    return clone
 
 
 def module_aliases(owner: nn.Module) -> dict[int, list[str]]:

@@ -1,7 +1,8 @@
 """Observers: they see tensors and propose α (the clip value).
 
 Statistics are buffers of their final shape from the start, so that state_dicts always fit.
-Non-finite values are ignored.
+Non-finite values are ignored. Under ``torch.distributed`` every batch's statistics are those of all
+ranks' batches together, so observers stay alike on every rank; every rank must observe in step.
 """
 
 from __future__ import annotations
@@ -12,8 +13,9 @@ import torch
 import torch.nn.functional as functional
 from torch import nn
 
+from .collectives import largest_of_ranks, sum_of_ranks
 from .config import ACTIVATION_OBSERVERS, check_choice
-from .errors import TensorError
+from .errors import CalibrationError, TensorError
 from .kernels import ALPHA_MAX, ALPHA_MIN, reference
 from .levels import LevelSet
 
@@ -56,10 +58,12 @@ class Observer(nn.Module, abc.ABC):
         axis, group_size: which elements belong to which α, as for :func:`apot_fx.quantize`.
 
     Buffers: ``low``, ``high`` (float32, of ``shape``): the smallest and largest finite value seen.
+    ``zeros_are_filler``: zeros alone (a default state) tell no range; they count until others come.
     """
 
     low: torch.Tensor
     high: torch.Tensor
+    zeros_are_filler = False
 
     def __init__(
         self, shape: tuple[int, ...] = (), axis: int | None = None, group_size: int | None = None
@@ -74,6 +78,11 @@ class Observer(nn.Module, abc.ABC):
         """Whether any finite value was observed."""
         return bool((self.high >= self.low).any())
 
+    @property
+    def seen_only_zeros(self) -> bool:
+        """Whether every finite value observed was zero, and there was one."""
+        return self.seen and not bool(self.low.any() or self.high.any())
+
     def is_signed(self) -> bool:
         """Whether a negative value was observed."""
         return bool((self.low < 0).any())
@@ -82,13 +91,12 @@ class Observer(nn.Module, abc.ABC):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Observe ``x`` and return it unchanged."""
         rows = rows_of(x, self.axis, self.group_size)
-        finite = rows.isfinite()
-        if rows.numel() and bool(finite.any()):
-            self.update(rows, finite)
+        self.update(rows, rows.isfinite())
         return x
 
     def update(self, rows: torch.Tensor, finite: torch.Tensor) -> None:
-        """Take in one batch, a row per α; some value is finite."""
+        """Take in one batch, a row per α. It may hold no finite value, or none at all: another
+        rank's may, and the ranks' statistics are joined in here."""
         self._widen(*_ends(rows, finite))
 
     def _widen(self, low: torch.Tensor, high: torch.Tensor) -> None:
@@ -108,14 +116,30 @@ class Observer(nn.Module, abc.ABC):
         self.high.fill_(-float("inf"))
 
     def merge(self, other: Observer) -> None:
-        """Add what another observer of this kind and shape saw."""
-        self._widen(other.low, other.high)
+        """Add what another observer of this kind and shape saw: exact, in any order and grouping.
+
+        Raises CalibrationError where the kind can't be merged.
+        """
+        if self.zeros_are_filler and other.seen:
+            if other.seen_only_zeros and self.seen:
+                return
+            if self.seen_only_zeros:
+                self.reset()
+        self._add(other)
+
+    def _add(self, other: Observer) -> None:
+        self._widen(other.low.to(self.low.device), other.high.to(self.high.device))
 
 
 def _ends(rows: torch.Tensor, finite: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest finite value per row, over all ranks; inf and −inf for none."""
+    if not rows.shape[1]:
+        rows, finite = rows.new_zeros(len(rows), 1), finite.new_zeros(len(rows), 1)
     infinity = float("inf")
     low = rows.masked_fill(~finite, infinity).amin(1)
-    return low, rows.masked_fill(~finite, -infinity).amax(1)
+    high = rows.masked_fill(~finite, -infinity).amax(1)
+    ends = largest_of_ranks(torch.stack((-low, high)))
+    return -ends[0], ends[1]
 
 
 class MinMaxObserver(Observer):
@@ -125,7 +149,7 @@ class MinMaxObserver(Observer):
 class MovingAverageObserver(Observer):
     """α covers a moving average of each batch's range: ``ends += 0.1 · (batch's ends − ends)``.
 
-    The first batch starts the average. Merging takes the mean of both averages.
+    The first batch starts the average. It depends on the order of batches, so it can't be merged.
     """
 
     constant = 0.1
@@ -137,9 +161,10 @@ class MovingAverageObserver(Observer):
             kept.copy_(torch.where(new.isinf(), kept, torch.where(kept.isinf(), new, moved)))
 
     def merge(self, other: Observer) -> None:
-        for kept, new in ((self.low, other.low), (self.high, other.high)):
-            mean = (kept + new) / 2
-            kept.copy_(torch.where(new.isinf(), kept, torch.where(kept.isinf(), new, mean)))
+        raise CalibrationError(
+            "a moving average depends on the order of batches and can't be merged; prepare with "
+            "ActivationSpec(observer='minmax'), 'percentile' or 'mse'"
+        )
 
 
 class HistogramObserver(Observer):
@@ -164,16 +189,16 @@ class HistogramObserver(Observer):
         row = torch.arange(len(rows), device=rows.device).unsqueeze(1)
         place = (2 * row + (rows < 0).long()) * _BINS + place
         counts = torch.bincount(place[finite], minlength=2 * _BINS * len(rows))
-        self.counts += counts.reshape(self.counts.shape)
+        self.counts += sum_of_ranks(counts).reshape(self.counts.shape)
 
     def reset(self) -> None:
         super().reset()
         self.counts.zero_()
 
-    def merge(self, other: Observer) -> None:
+    def _add(self, other: Observer) -> None:
         assert isinstance(other, HistogramObserver)
-        super().merge(other)
-        self.counts += other.counts
+        super()._add(other)
+        self.counts += other.counts.to(self.counts.device)
 
     def _magnitudes(self, level_set: LevelSet) -> torch.Tensor:
         """Counts per α and magnitude bin, float64, of the signs that the set can hold."""

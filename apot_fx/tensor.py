@@ -103,6 +103,23 @@ class ApotTensor(nn.Module):
         """The indices, uint8 (int16 above 256 levels), of the original shape."""
         return kernels.unpack(self.packed, self.level_set.bits, tuple(self.shape))
 
+    def dequantize_rows(self, rows: torch.Tensor) -> torch.Tensor:
+        """``dequantize()[rows]`` for ``rows`` (N,) along axis 0, of which only these are unpacked.
+
+        α must be per tensor, or of axis 0.
+        """
+        bits, row = self.level_set.bits, self.shape[1:]
+        if row.numel() * bits % 8:  # rows that share bytes
+            index = self.int_repr().index_select(0, rows)
+        else:
+            packed = self.packed.view(self.shape[0], -1).index_select(0, rows)
+            index = torch.ops.apot_fx.unpack(packed.reshape(-1), bits, [len(rows), *row])
+        alpha = self.alpha if self.axis is None else self.alpha.index_select(0, rows)
+        values: torch.Tensor = torch.ops.apot_fx.dequantize(
+            index, alpha, self.level_set.spec, self.axis, self.group_size
+        )
+        return values
+
     def dequantize(self) -> torch.Tensor:
         """``level · step``, float32, of the original shape."""
         return kernels.dequantize(

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 import apot_fx
-from apot_fx import LevelSet
-from apot_fx.errors import ConfigError, TensorError
-from apot_fx.observer import OBSERVERS, make_observer, weight_alpha
+from apot_fx import ActivationSpec, FakeQuantize, LevelSet, QConfig, WeightSpec
+from apot_fx.errors import CalibrationError, ConfigError, StageError, TensorError
+from apot_fx.nn.recurrent import show
+from apot_fx.observer import OBSERVERS, Observer, make_observer, weight_alpha
+from apot_fx.passes.stage import StageModule
 
+MERGING = ["minmax", "percentile", "mse"]
 SIGNED, UNSIGNED = LevelSet.apot(4), LevelSet.apot(4, signed=False)
 floats = st.lists(st.floats(width=32), min_size=0, max_size=30)
 
@@ -54,18 +62,167 @@ def test_all_zero_channels_get_the_smallest_alpha() -> None:
     assert observer.propose(SIGNED).tolist() == [2.0**-40, 2.0]
 
 
-@pytest.mark.parametrize("name", ["percentile", "mse", "minmax"])
-def test_order_does_not_matter_and_merging_is_exact(name: str) -> None:
-    parts = [torch.randn(50) * s for s in (0.1, 1.0, 7.0)]
-    one, two, half = (make_observer(name, (), None, None) for _ in range(3))
-    for part in parts:
-        one(part)
-    for part in reversed(parts[1:]):
-        two(part)
-    half(parts[0])
-    two.merge(half)
-    for key, value in one.state_dict().items():
-        assert torch.equal(value, two.state_dict()[key])
+def observer_of(batches: list[list[float]], name: str, filler: bool) -> Observer:
+    observer = make_observer(name, (), None, None)
+    observer.zeros_are_filler = filler
+    for batch in batches:
+        observe(observer, torch.tensor(batch, dtype=torch.float32))
+    return observer
+
+
+def observe(observer: Observer, x: torch.Tensor) -> None:
+    """As a plain layer does, or where zeros are filler as a recurrent one."""
+    if observer.zeros_are_filler:
+        quant = FakeQuantize.for_activation(ActivationSpec()).eval()
+        quant.observer = observer
+        show(quant, x)
+    else:
+        observer(x)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(st.lists(floats, max_size=3), min_size=1, max_size=5),
+    st.sampled_from(MERGING),
+    st.booleans(),
+    st.data(),
+)
+def test_merging_is_exact_in_any_order_and_grouping(
+    shards: list[list[list[float]]], name: str, filler: bool, data: st.DataObject
+) -> None:
+    whole = observer_of([batch for shard in shards for batch in shard], name, filler)
+    left = [observer_of(shard, name, filler) for shard in shards]
+    while len(left) > 1:
+        one = left.pop(data.draw(st.integers(0, len(left) - 1)))
+        left[data.draw(st.integers(0, len(left) - 1))].merge(one)
+    (merged,) = left
+    assert merged.seen == whole.seen and merged.is_signed() == whole.is_signed()
+    for levels in (SIGNED, UNSIGNED):
+        assert torch.equal(merged.propose(levels), whole.propose(levels))
+    if not whole.seen_only_zeros:  # how often zeros alone came is of no account
+        for key, value in whole.state_dict().items():
+            assert torch.equal(value, merged.state_dict()[key])
+
+
+@pytest.mark.parametrize("name", MERGING)
+def test_filler_zeros_of_a_shard_give_way(name: str) -> None:
+    zeros, values = [[0.0] * 50], [[0.25, 0.5]]
+    for shards in ((zeros, values), (values, zeros), (zeros, zeros, values)):
+        merged, *rest = (observer_of(shard, name, filler=True) for shard in shards)
+        for other in rest:
+            merged.merge(other)
+        for key, value in observer_of(values, name, filler=True).state_dict().items():
+            assert torch.equal(value, merged.state_dict()[key])
+
+
+def test_a_moving_average_does_not_merge() -> None:
+    one, other = (make_observer("moving_average", (), None, None) for _ in range(2))
+    with pytest.raises(CalibrationError, match=r"order of batches.*'minmax'.*'percentile'.*'mse'"):
+        one.merge(other)
+
+
+def prepared(observer: str = "minmax", bits: int = 4, **options: bool) -> StageModule:
+    """Two layers; the second one's input is of either sign."""
+    config = QConfig(WeightSpec(), ActivationSpec(bits, observer=observer, **options))
+    torch.manual_seed(0)
+    return apot_fx.prepare_apot(nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 3)), config)
+
+
+def look(stage: StageModule, batches: list[torch.Tensor], by_hand: bool) -> StageModule:
+    """A copy that observed: by ``calibrate``, or by a loop that leaves it observing."""
+    stage = copy.deepcopy(stage)
+    if not by_hand:
+        apot_fx.calibrate(stage, batches, progress=False)
+    for batch in batches if by_hand else []:
+        with torch.no_grad():
+            stage.eval()(batch)
+    return stage
+
+
+#: Only the third has a negative value.
+SHARDS = [[torch.rand(4, 6)], [torch.rand(4, 6) * 5, torch.rand(2, 6)], [torch.randn(4, 6)]]
+
+
+@pytest.mark.parametrize("by_hand", [(False,) * 3, (True,) * 3, (True, False, True)])
+@pytest.mark.parametrize("name", MERGING)
+def test_merged_shards_are_the_whole(name: str, by_hand: tuple[bool, ...]) -> None:
+    base = prepared(name).train(by_hand[1])
+    whole = look(base, [batch for shard in SHARDS for batch in shard], by_hand=False).eval()
+    x = torch.randn(8, 6)
+    for order in itertools.permutations(range(3)):
+        first, *rest = [look(base, SHARDS[place], by_hand[place]) for place in order]
+        before = [copy.deepcopy(other.state_dict()) for other in rest]
+        apot_fx.merge_observers(first, rest)
+        assert_same_state(first, whole.state_dict())
+        assert first.activation_post_process_0.signed is True
+        assert torch.equal(first.eval()(x), whole(x))
+        for other, state in zip(rest, before, strict=True):
+            assert_same_state(other, state)
+    first, *rest = [look(base, shard, hand) for shard, hand in zip(SHARDS, by_hand, strict=True)]
+    apot_fx.merge_observers(rest[0], [rest[1]])
+    apot_fx.merge_observers(first, [rest[0]])
+    assert_same_state(first, whole.state_dict())
+
+
+def assert_same_state(stage: StageModule, state: dict[str, torch.Tensor]) -> None:
+    own = stage.state_dict()
+    assert list(own) == list(state)
+    for key, value in state.items():
+        assert torch.equal(value, own[key]), key
+
+
+def test_a_shard_may_lack_a_layer_and_what_no_shard_ran_keeps_observing() -> None:
+    base = prepared()
+    first, other = copy.deepcopy(base), look(base, SHARDS[1], by_hand=False)
+    apot_fx.merge_observers(first, [other])
+    assert_same_state(first, other.state_dict())
+    first = copy.deepcopy(base)
+    apot_fx.merge_observers(first, [copy.deepcopy(base)])
+    assert_same_state(first, base.state_dict())
+
+
+def test_a_proved_sign_and_a_running_observer_stay() -> None:
+    base = prepared(signed=False)
+    first, other = (look(base, shard, by_hand=False) for shard in SHARDS[1:])
+    first.apply(apot_fx.enable_observer)
+    apot_fx.merge_observers(first, [other])
+    quant = first.activation_post_process_0
+    assert quant.signed is False and quant.state == "frozen" and quant.observer_enabled
+
+
+def refused(kind: type[Exception], text: str, first: nn.Module, others: Any) -> None:
+    before = copy.deepcopy(first.state_dict())
+    with pytest.raises(kind, match=text):
+        apot_fx.merge_observers(first, others)
+    assert all(torch.equal(value, before[key]) for key, value in first.state_dict().items())
+
+
+def test_what_does_not_merge_is_refused_and_changes_nothing() -> None:
+    one, two = (look(prepared(), shard, by_hand=False) for shard in SHARDS[:2])
+    moving = look(prepared("moving_average"), SHARDS[0], by_hand=False)
+    name = "activation_post_process_0"
+    again = copy.deepcopy(moving)
+    refused(CalibrationError, f"{name}: a moving average .*'minmax'", moving, [again])
+    learning = copy.deepcopy(two)
+    learning.activation_post_process_1.train()
+    refused(CalibrationError, "activation_post_process_1: its α learns", one, [two, learning])
+    refused(CalibrationError, "activation_post_process_1: its α learns", learning, [two])
+    for unlike in (prepared("mse"), prepared(bits=5), prepared(signed=True)):
+        refused(StageError, f"{name} is .* in one model and .* in another", one, [two, unlike])
+    fewer = apot_fx.prepare_apot(
+        nn.Sequential(nn.Linear(6, 5)), QConfig(WeightSpec(), ActivationSpec(observer="minmax"))
+    )
+    refused(StageError, "only one of the models has 1.weight_fake_quant", one, [fewer])
+    refused(StageError, "only one of the models has 1.weight_fake_quant", fewer, [one])
+    with torch.no_grad():
+        moved = copy.deepcopy(two)
+        moved.get_parameter("1.weight").add_(1)
+    refused(StageError, "1.weight differs between the models", one, [moved])
+    refused(StageError, "the same model twice", one, [one])
+    refused(StageError, "the same model twice", one, [two, two])
+    refused(StageError, r"pass \[other\]", one, two)
+    refused(StageError, "merge_observers wants a prepared model", one, [nn.Linear(6, 5)])
+    refused(StageError, "merge_observers wants a prepared model", nn.Linear(6, 5), [one])
 
 
 def test_percentile_ignores_outliers() -> None:

@@ -564,3 +564,20 @@ def test_constants_of_the_trace_are_no_keys() -> None:
     converted = copy.deepcopy(apot_fx.convert_apot(prepared))
     assert torch.equal(converted(x), prepared(x))
     assert not any("constant" in key for key in converted.state_dict())
+
+
+def test_layers_on_parts_of_a_packed_parameter_are_calibrated() -> None:
+    class Packed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(8, 4)), nn.Parameter(torch.randn(8))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = nn.functional.linear(x, self.weight[:4], self.bias[:4])
+            return nn.functional.linear(x, self.weight[4:], self.bias[4:])
+
+    prepared = apot_fx.prepare_apot(Packed().eval(), "w4a4")
+    batch = torch.randn(3, 4)
+    apot_fx.calibrate(prepared, [batch], progress=False)
+    converted = apot_fx.convert_apot(prepared)
+    apot_fx.check_parity(prepared, converted, [batch]).raise_if_failed()

@@ -105,6 +105,12 @@ _define(f"conv(Tensor x, Tensor w, Tensor s, Tensor b, {_GEOMETRY}, bool wide) -
         products.conv, products.conv)  # fmt: skip
 _define(f"conv_grouped(Tensor x, Tensor w, Tensor s, Tensor b, {_GEOMETRY}, int group_size, "
         "bool wide) -> Tensor", products.conv_grouped, products.conv_grouped)  # fmt: skip
+_GEOMETRY = "int[] stride, int[] padding, int[] output_padding, int[] dilation, int groups"
+_define(f"conv_transpose(Tensor x, Tensor w, Tensor s, Tensor b, {_GEOMETRY}, bool wide) -> Tensor",
+        products.conv_transpose, products.conv_transpose)  # fmt: skip
+_define(f"conv_transpose_grouped(Tensor x, Tensor w, Tensor s, Tensor b, {_GEOMETRY}, "
+        "int group_size, bool wide) -> Tensor",
+        products.conv_transpose_grouped, products.conv_transpose_grouped)  # fmt: skip
 
 
 def _save_fake_quantize(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:

@@ -1,4 +1,4 @@
-"""Linear, convolution, matmul and einsum on integer-valued floats (contract 4.6 to 4.8, 4.10).
+"""Linear, convolutions, matmul and einsum on integer-valued floats (contract 4.6 to 4.8, 4.10).
 
 Sums of products of integers are exact in float32 up to 2^24 on an engine that only multiplies and
 adds. Where the engine is not known to be one (NNPACK's and Winograd's transforms, lowered matmul
@@ -8,6 +8,7 @@ precision, other devices), or the sum may be larger, everything runs in float64.
 from __future__ import annotations
 
 import platform
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as functional
@@ -58,6 +59,20 @@ def einsum(
         return total.float() * s + 0.0
 
 
+def _like_input(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+    """``y`` in the memory format of a batched ``x``, channels last or contiguous.
+
+    Engines also look at the weight's format, and float64 ones leave channels last; but results
+    must be laid out alike however a stage holds its weight and whichever dtype sums are exact in.
+    """
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    kind = formats.get(y.dim(), torch.contiguous_format)
+    if y.dim() != x.dim() or x.is_contiguous() or not x.is_contiguous(memory_format=kind):
+        kind = torch.contiguous_format
+    out = torch.empty(y.shape, dtype=y.dtype, device=y.device, memory_format=kind)
+    return y if y.stride() == out.stride() else out.copy_(y)
+
+
 def _convolve(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -70,7 +85,39 @@ def _convolve(
     dtype = _sum_dtype(x, wide)
     call = (functional.conv1d, functional.conv2d, functional.conv3d)[w.dim() - 3]
     with torch.autocast(x.device.type, enabled=False):
-        return call(x.to(dtype), w.to(dtype), None, stride, padding, dilation, groups).float()
+        sums = call(x.to(dtype), w.to(dtype), None, stride, padding, dilation, groups)
+        return _like_input(sums.float(), x)
+
+
+def swap_channels(w: torch.Tensor, groups: int) -> torch.Tensor:
+    """A transposed convolution's weight with output channels first, and back.
+
+    ``(in, out/groups, …)`` ↔ ``(out, in/groups, …)``; within its group only, so it is its own
+    inverse.
+    """
+    return w.unflatten(0, (groups, -1)).transpose(1, 2).flatten(0, 1)
+
+
+def _convolve_transposed(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    stride: list[int],
+    padding: list[int],
+    output_padding: list[int],
+    dilation: list[int],
+    groups: int,
+    wide: bool,
+) -> torch.Tensor:
+    dtype = _sum_dtype(x, wide)
+    calls = (functional.conv_transpose1d, functional.conv_transpose2d, functional.conv_transpose3d)
+    call, stored = calls[w.dim() - 3], swap_channels(w, groups).to(dtype)
+    with torch.autocast(x.device.type, enabled=False):
+        sums = call(x.to(dtype), stored, None, stride, padding, output_padding, groups, dilation)
+        return _like_input(sums.float(), x)
+
+
+def _scaled(total: torch.Tensor, s: torch.Tensor, b: torch.Tensor, rank: int) -> torch.Tensor:
+    return total * _per_channel(s, rank) + _per_channel(b, rank)
 
 
 def conv(
@@ -85,9 +132,25 @@ def conv(
     wide: bool,
 ) -> torch.Tensor:
     """``fl(fl(x * w) · s) + b``, 1-d to 3-d, batched or not."""
-    rank = w.dim() - 2
     total = _convolve(x, w, stride, padding, dilation, groups, wide)
-    return total * _per_channel(s, rank) + _per_channel(b, rank)
+    return _scaled(total, s, b, w.dim() - 2)
+
+
+def conv_transpose(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    s: torch.Tensor,
+    b: torch.Tensor,
+    stride: list[int],
+    padding: list[int],
+    output_padding: list[int],
+    dilation: list[int],
+    groups: int,
+    wide: bool,
+) -> torch.Tensor:
+    """The same transposed; ``w`` has output channels first, ``(out, in/groups, …)``."""
+    geometry = (stride, padding, output_padding, dilation, groups)
+    return _scaled(_convolve_transposed(x, w, *geometry, wide), s, b, w.dim() - 2)
 
 
 def linear_grouped(
@@ -103,6 +166,23 @@ def linear_grouped(
     return total + b
 
 
+def _grouped(
+    convolve: Callable[[torch.Tensor], torch.Tensor],
+    w: torch.Tensor,
+    s: torch.Tensor,
+    b: torch.Tensor,
+    group_size: int,
+) -> torch.Tensor:
+    """As :func:`linear_grouped`, groups along the flattened (input channel, kernel) axis."""
+    rank, flat = w.dim() - 2, w.flatten(1)
+    place = torch.arange(flat.shape[1], device=w.device) // group_size
+    total = w.new_zeros((), dtype=torch.float32)
+    for group, scale in enumerate(s.unbind(1)):
+        sums = convolve(torch.where(place == group, flat, 0.0).reshape(w.shape))
+        total = total + sums * _per_channel(scale, rank)
+    return total + _per_channel(b, rank)
+
+
 def conv_grouped(
     x: torch.Tensor,
     w: torch.Tensor,
@@ -115,15 +195,34 @@ def conv_grouped(
     group_size: int,
     wide: bool,
 ) -> torch.Tensor:
-    """As :func:`linear_grouped`, groups along the flattened (input channel, kernel) axis."""
-    rank, flat = w.dim() - 2, w.flatten(1)
-    place = torch.arange(flat.shape[1], device=w.device) // group_size
-    total = x.new_zeros((), dtype=torch.float32)
-    for group, scale in enumerate(s.unbind(1)):
-        part = torch.where(place == group, flat, 0.0).reshape(w.shape)
-        sums = _convolve(x, part, stride, padding, dilation, groups, wide)
-        total = total + sums * _per_channel(scale, rank)
-    return total + _per_channel(b, rank)
+    """As :func:`conv`, with group scales."""
+
+    def convolve(part: torch.Tensor) -> torch.Tensor:
+        return _convolve(x, part, stride, padding, dilation, groups, wide)
+
+    return _grouped(convolve, w, s, b, group_size)
+
+
+def conv_transpose_grouped(
+    x: torch.Tensor,
+    w: torch.Tensor,
+    s: torch.Tensor,
+    b: torch.Tensor,
+    stride: list[int],
+    padding: list[int],
+    output_padding: list[int],
+    dilation: list[int],
+    groups: int,
+    group_size: int,
+    wide: bool,
+) -> torch.Tensor:
+    """As :func:`conv_transpose`, with group scales."""
+    geometry = (stride, padding, output_padding, dilation, groups)
+
+    def convolve(part: torch.Tensor) -> torch.Tensor:
+        return _convolve_transposed(x, part, *geometry, wide)
+
+    return _grouped(convolve, w, s, b, group_size)
 
 
 def linear_weight_only(

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from .quantize import Reader, emit
+from .quantize import emit
 
 
 class PreparedOp(nn.Module):
@@ -29,7 +29,9 @@ class PreparedOp(nn.Module):
 
 
 class ConvertedOp(nn.Module):
-    """The same on indices; called as ``op(x, *readers)``, float operands by keyword.
+    """The same on indices; called as ``op(x, *readers)``, readers as :func:`emit` takes them.
+
+    Operands that stay float come by keyword.
 
     It re-quantizes its result itself for every quantized reader: the pass over a result decides a
     network's speed, so it belongs to the operator, and no float tensor shows in the graph.
@@ -41,13 +43,14 @@ class ConvertedOp(nn.Module):
     input_spec: str | tuple[str, ...]
 
     @abc.abstractmethod
-    def compute(self, x: Any, *args: Any, **operands: Any) -> torch.Tensor:
-        """The float result, by the contract's arithmetic."""
+    def compute(self, input: Any, *args: Any, **operands: Any) -> torch.Tensor:
+        """The float result, by the contract's arithmetic; called as the float layer is."""
 
-    def forward(
-        self, x: Any, *readers: Reader, **operands: Any
-    ) -> torch.Tensor | tuple[torch.Tensor, ...]:
-        return emit(self.compute(x, **operands), readers)
+    def forward(self, *args: Any, **kwargs: Any) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        if self.standalone:
+            return self.compute(*args, **kwargs)
+        x, *readers = args
+        return emit(self.compute(x, **kwargs), tuple(readers))
 
 
 def with_gradient_of(value: torch.Tensor, surrogate: torch.Tensor) -> torch.Tensor:

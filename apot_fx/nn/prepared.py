@@ -1,239 +1,171 @@
-"""Prepared layers: torch's own Linear and convolutions with a quantized weight.
+"""``PreparedLayer``: a linear layer or a convolution with a quantized weight.
 
-In train they are ordinary fake-quant with gradients. In eval they compute the very integers that
-the converted layer computes, on integer-valued floats (contract 4.10), so that both stages agree
-bit for bit.
+In train it is ordinary fake-quant with gradients. In eval it computes the very integers that the
+converted layer computes, on integer-valued floats (contract 4.10), so that both stages agree bit
+for bit.
 """
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from ..config import WeightSpec
 from ..fake_quant import EXACT_UNIT, FakeQuantize
-from .fold import BATCH_NORMS, is_foldable, scale_and_bias
-from .op import PreparedOp, with_gradient_of
-from .products import EXACT_SUM, ConvProduct, LinearProduct, Product
+from .fold import scale_and_bias
+from .op import with_gradient_of
+from .products import EXACT_SUM, Product
+from .weighted import PreparedWeighted
 
 
-class PreparedLayer(PreparedOp):
-    """Mixin of the prepared layers; called as ``layer(x, fake_quant, batch_norm, weight, bias)``.
+class Call(NamedTuple):
+    """What one call computes with beside its input."""
 
-    ``fake_quant`` is the module that put ``x`` on its grid (None: weight-only), ``batch_norm`` the
-    one that is folded into this call (None: no fold). ``weight`` and ``bias`` come along where they
-    are computed (a functional call); else they are the module's own.
-    """
+    product: Product
+    fake_quant: FakeQuantize | None
+    batch_norm: nn.Module | None
+    weight: torch.Tensor
+    bias: torch.Tensor | None
 
-    float_type: ClassVar[type[nn.Module]]
+
+class PreparedLayer(PreparedWeighted):
+    """Mixin of the layers that multiply and add; see :meth:`forward`."""
+
     #: Whether an input was seen whose channels batch norm does not normalise (3-d, for Linear).
     norm_apart: bool = False
-    weight_fake_quant: FakeQuantize
-    weight_shape: torch.Size
-
-    @classmethod
-    def take_over(
-        cls, layer: nn.Module, spec: WeightSpec, name: str, weight: torch.Tensor | None = None
-    ) -> Any:
-        """Turn a float layer into a prepared one: same Parameters, keys, hooks and mode.
-
-        ``weight``: its value now, where it is computed. Raises TensorError naming
-        ``<name>.weight`` where it holds NaN or inf.
-        """
-        value = layer.weight if weight is None else weight
-        assert isinstance(value, torch.Tensor)
-        fake_quant = FakeQuantize.for_weight(value, spec, f"{name}.weight")
-        prepared = cls.__new__(cls)
-        prepared.__dict__.update(layer.__dict__)
-        prepared.weight_fake_quant = fake_quant.train(layer.training)
-        prepared.weight_shape = value.shape
-        return prepared
-
-    @property
-    def kind(self) -> str:
-        """What the layer computes, for people."""
-        return self.float_type.__name__
 
     @property
     def product(self) -> Product:
         raise NotImplementedError
 
+    def rows(self, weight: torch.Tensor) -> torch.Tensor:
+        return self.product.rows(weight)
+
     def weighted(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+        self, product: Product, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        """The float layer with another weight."""
-        raise NotImplementedError
+        """The float layer with another weight, in the float layer's bits."""
+        return product.in_float(x, weight, bias)
 
     @property
     def own_fake_quant(self) -> FakeQuantize | None:
         """Its input's, child ``activation_post_process``; only standalone layers have it."""
         return self._modules.get("activation_post_process")  # type: ignore[return-value]
 
-    def operands(
-        self, weight: torch.Tensor | None, bias: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Weight and bias of a call: those that it was given, or the module's own."""
-        if weight is not None:
-            return weight, bias
-        own, offset = self.weight, self.bias
-        assert isinstance(own, torch.Tensor) and not isinstance(offset, nn.Module)
-        return own, offset
-
     def forward(
         self,
-        x: torch.Tensor,
+        input: torch.Tensor,
         fake_quant: FakeQuantize | None = None,
         batch_norm: nn.Module | None = None,
         weight: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        w, b = self.operands(weight, bias)
-        own = self.own_fake_quant
-        if own is not None:
-            x, fake_quant = own(x), own
-        if batch_norm is not None and not self.product.channels_meet_batch_norm(x):
+        """In a graph: the call of a layer.
+
+        Args:
+            input: its input.
+            fake_quant: the module that put ``input`` on its grid; None: weight-only.
+            batch_norm: the one that is folded into this call; None: no fold.
+            weight, bias: where they are computed (a functional call); else they are the module's.
+        """
+        operands = self.operands(weight, bias)
+        return self.run(input, Call(self.product, fake_quant, batch_norm, *operands))
+
+    def run(self, x: torch.Tensor, call: Call) -> torch.Tensor:
+        """The result of a call."""
+        if self.read_at:
+            return self.weighted(call.product, x, call.weight, call.bias)
+        x, call = self._on_own_grid(x, call)
+        norm = call.batch_norm
+        if norm is not None and not call.product.channels_meet_batch_norm(x):
             self.norm_apart = True
-        if self.training or not self._is_exact(fake_quant):
-            return self._train_form(x, batch_norm, w, b)
-        folded = batch_norm if self._folds(x, batch_norm) else None
-        y = self._integer_form(x, fake_quant, folded, w, b).to(w.dtype)
-        if batch_norm is not None and folded is None:
-            y = batch_norm(y)
-        if torch.is_grad_enabled() and (x.requires_grad or w.requires_grad):
-            return with_gradient_of(y, self._train_form(x, batch_norm, w, b))
+        if self.training or not self._is_exact(call):
+            return self._train_form(x, call)
+        folds = _folds(x, call)
+        exact = call if folds else call._replace(batch_norm=None)
+        y = self._integer_form(x, exact).to(call.weight.dtype)
+        if norm is not None and not folds:
+            y = norm(y)
+        if torch.is_grad_enabled() and (x.requires_grad or call.weight.requires_grad):
+            return with_gradient_of(y, self._train_form(x, call))
         return y
 
-    def _folds(self, x: torch.Tensor, batch_norm: nn.Module | None) -> bool:
-        return (
-            batch_norm is not None
-            and not batch_norm.training
-            and self.product.channels_meet_batch_norm(x)
-        )
+    def _on_own_grid(self, x: torch.Tensor, call: Call) -> tuple[torch.Tensor, Call]:
+        own = self.own_fake_quant
+        return (x, call) if own is None else (own(x), call._replace(fake_quant=own))
 
-    def _is_exact(self, fake_quant: FakeQuantize | None) -> bool:
-        return _on_grid(self.weight_fake_quant) and (fake_quant is None or _on_grid(fake_quant))
+    def _is_exact(self, call: Call) -> bool:
+        quant = call.fake_quant
+        return _on_grid(self.weight_fake_quant) and (quant is None or _on_grid(quant))
 
-    def _train_form(
-        self,
-        x: torch.Tensor,
-        batch_norm: nn.Module | None,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
-        quantized = self.weight_fake_quant(weight).to(weight.dtype)
-        y = self.weighted(x.to(quantized.dtype), quantized, bias)
-        return y if batch_norm is None else batch_norm(y)
+    def _train_form(self, x: torch.Tensor, call: Call) -> torch.Tensor:
+        rows = call.product.rows(call.weight)
+        quantized = self.weight_fake_quant(rows)
+        weight = call.weight
+        if quantized is not rows:  # else the weight itself: torch's bits depend on its strides
+            weight = call.product.stored(quantized).to(weight.dtype)
+        y = self.weighted(call.product, x.to(weight.dtype), weight, call.bias)
+        return y if call.batch_norm is None else call.batch_norm(y)
 
-    def _integer_form(
-        self,
-        x: torch.Tensor,
-        fake_quant: FakeQuantize | None,
-        batch_norm: nn.Module | None,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-    ) -> torch.Tensor:
+    def _integer_form(self, x: torch.Tensor, call: Call) -> torch.Tensor:
         with torch.no_grad():
-            size, quant = self.weight_fake_quant.group_size, self.weight_fake_quant
-            levels = torch.ops.apot_fx.levels(self.integer_weight(weight), quant.level_spec)
-            s, b = self._scale_and_bias(fake_quant, batch_norm, len(weight), bias)
-            if fake_quant is None:
-                return self.product.weight_only(x, levels, s, b, size or levels[0].numel())
-            alpha = fake_quant.clamped_alpha()
-            x = torch.ops.apot_fx.to_levels(x, alpha, fake_quant.level_spec)
+            size, quant, grid = (
+                self.weight_fake_quant.group_size,
+                self.weight_fake_quant,
+                call.fake_quant,
+            )
+            levels = torch.ops.apot_fx.levels(self.integer_weight(call.weight), quant.level_spec)
+            s, b = self._scale_and_bias(call)
+            if grid is None:
+                return call.product.weight_only(x, levels, s, b, size or levels[0].numel())
+            x = torch.ops.apot_fx.to_levels(x, grid.clamped_alpha(), grid.level_spec)
             # By the weight-free bound: a look at the weights would be a data-dependent branch.
-            wide = levels[0].numel() * fake_quant.unit * quant.unit > EXACT_SUM
-            return self.product(x, levels, s, b, size, wide)
+            wide = levels[0].numel() * grid.unit * quant.unit > EXACT_SUM
+            return call.product(x, levels, s, b, size, wide)
 
-    def _scale_and_bias(
-        self,
-        fake_quant: FakeQuantize | None,
-        batch_norm: nn.Module | None,
-        channels: int,
-        bias: torch.Tensor | None,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        step = None if fake_quant is None else fake_quant.step()
-        return scale_and_bias(step, self.weight_fake_quant.step(), channels, bias, batch_norm)
+    def _scale_and_bias(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:
+        step = None if call.fake_quant is None else call.fake_quant.step()
+        weight_step = self.weight_fake_quant.step()
+        return scale_and_bias(step, weight_step, self.channels, call.bias, call.batch_norm)
 
     @torch.no_grad()
     def distance_of_forms(
         self,
-        x: torch.Tensor,
+        input: torch.Tensor,
         fake_quant: FakeQuantize | None = None,
         batch_norm: nn.Module | None = None,
         weight: torch.Tensor | None = None,
         bias: torch.Tensor | None = None,
     ) -> float:
+        """How far the two forms of a call, as :meth:`forward` takes it, lie apart."""
+        operands = self.operands(weight, bias)
+        return self.distance(input, Call(self.product, fake_quant, batch_norm, *operands))
+
+    def distance(self, x: torch.Tensor, call: Call) -> float:
         """Largest |train form − integer form|, relative to the largest |y| or |acc · s|.
 
         In eval, of the same input. 0.0 where the layer is not in its integer form.
         """
-        own = self.own_fake_quant
-        if own is not None:
-            x, fake_quant = own(x), own
-        if not self._is_exact(fake_quant) or (batch_norm and not self._folds(x, batch_norm)):
+        x, call = self._on_own_grid(x, call)
+        apart = call.batch_norm is not None and not _folds(x, call)
+        if self.read_at or not self._is_exact(call) or apart:
             return 0.0
-        operands = self.operands(weight, bias)
-        y = self._integer_form(x, fake_quant, batch_norm, *operands)
-        train = self._train_form(x, batch_norm, *operands)
-        _, b = self._scale_and_bias(fake_quant, batch_norm, len(operands[0]), operands[1])
-        product = y - b.reshape(-1, *[1] * (-1 - self.product.channel_axis))
+        y, train = self._integer_form(x, call), self._train_form(x, call)
+        _, b = self._scale_and_bias(call)
+        product = y - b.reshape(-1, *[1] * (-1 - call.product.channel_axis))
         largest = torch.maximum(y.abs(), product.abs()).nan_to_num().max() if y.numel() else 0.0
-        apart = (train.float() - y).abs().nan_to_num().max() if y.numel() else 0.0
-        return float(apart / largest) if largest else 0.0
+        distance = (train.float() - y).abs().nan_to_num().max() if y.numel() else 0.0
+        return float(distance / largest) if largest else 0.0
 
-    @torch.no_grad()
-    def integer_weight(self, weight: torch.Tensor | None = None) -> torch.Tensor:
-        """The weight's indices now (uint8 or int16, the weight's shape)."""
-        quant = self.weight_fake_quant
-        value, _ = self.operands(weight, None)
-        return torch.ops.apot_fx.quantize(
-            value.detach(), quant.clamped_alpha(), quant.level_spec, quant.axis, quant.group_size
-        )
+
+def _folds(x: torch.Tensor, call: Call) -> bool:
+    norm = call.batch_norm
+    return norm is not None and not norm.training and call.product.channels_meet_batch_norm(x)
 
 
 def _on_grid(fake_quant: FakeQuantize) -> bool:
     return fake_quant.quantizes and fake_quant.unit <= EXACT_UNIT
-
-
-class PreparedLinear(PreparedLayer, nn.Linear):  # type: ignore[misc]
-    float_type = nn.Linear
-
-    @property
-    def product(self) -> LinearProduct:
-        return LinearProduct()
-
-    def weighted(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        return nn.functional.linear(x, weight, bias)
-
-
-class PreparedConv1d(PreparedLayer, nn.Conv1d):  # type: ignore[misc]
-    float_type = nn.Conv1d
-
-    @property
-    def product(self) -> ConvProduct:
-        return ConvProduct.of(self)
-
-    def weighted(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        return self._conv_forward(x, weight, bias)
-
-
-class PreparedConv2d(PreparedLayer, nn.Conv2d):  # type: ignore[misc]
-    float_type = nn.Conv2d
-
-    @property
-    def product(self) -> ConvProduct:
-        return ConvProduct.of(self)
-
-    def weighted(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        return self._conv_forward(x, weight, bias)
 
 
 class FunctionalLayer(nn.Module):
@@ -273,29 +205,3 @@ class PreparedFunctional(PreparedLayer):
     @property
     def kind(self) -> str:
         return self.geometry.name
-
-    def weighted(
-        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
-    ) -> torch.Tensor:
-        return self.geometry.in_float(x, weight, bias)
-
-
-#: Which prepared layer stands for which torch layer. Subclasses of these may compute something
-#: else, so only exact types are taken.
-PREPARED: dict[type[nn.Module], type[PreparedLayer]] = {
-    kind.float_type: kind
-    for kind in (PreparedLinear, PreparedConv1d, PreparedConv2d, PreparedFunctional)
-}
-
-
-def can_fold(layer: nn.Module, batch_norm: nn.Module, weight: torch.Tensor) -> str:
-    """Why ``batch_norm`` can't be folded into ``layer``'s calls; ``""`` where it can."""
-    geometry = layer.geometry if isinstance(layer, FunctionalLayer) else layer
-    rank = len(getattr(geometry, "stride", (1,)))  # Linear has none and goes with BatchNorm1d
-    if BATCH_NORMS[rank - 1] is not type(batch_norm) or (
-        getattr(batch_norm, "num_features", None) != len(weight)
-    ):
-        return f"{type(batch_norm).__name__} normalises another axis than the layer's channels"
-    if not is_foldable(batch_norm):
-        return "batch norm has no running statistics"
-    return ""

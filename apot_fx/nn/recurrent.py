@@ -16,6 +16,7 @@ import torch.nn.functional as functional
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence
 
+from ..collectives import largest_of_ranks
 from ..config import QConfig
 from ..errors import TensorError
 from ..fake_quant import EXACT_UNIT, FakeQuantize
@@ -95,6 +96,8 @@ class PreparedRecurrent(PreparedOp):
             if config.activation is not None:
                 proved = _proved_sign(recurrence.mode, key, signed)
                 quant = FakeQuantize.for_activation(config.activation, proved)
+                assert quant.observer is not None
+                quant.observer.zeros_are_filler = True
                 made[f"activation_post_process_{key}"] = quant.to(weight.device)
         prepared = cls.__new__(cls)
         prepared.__dict__.update(layer.__dict__)
@@ -174,7 +177,7 @@ class PreparedRecurrent(PreparedOp):
             self._train_form(steps, seen)
         for name, quant in self.input_fake_quants.items():
             if quant.observer_enabled:
-                _show(quant, torch.cat(seen[name.removeprefix("activation_post_process_")]))
+                show(quant, torch.cat(seen[name.removeprefix("activation_post_process_")]))
 
     @torch.no_grad()
     def integer_weight(self, name: str) -> torch.Tensor:
@@ -225,16 +228,17 @@ def _proved_sign(mode: str, key: str, signed: bool | None) -> bool | None:
     return True
 
 
-def _show(quant: FakeQuantize, values: torch.Tensor) -> None:
+def show(quant: FakeQuantize, values: torch.Tensor) -> None:
     """Let a fake-quant observe. Zeros alone (the default state) tell no range: they only count
     until other values come, and let nothing leave ``observing``."""
     observer = quant.observer
     assert observer is not None
-    if not bool(values.any()):
+    telling = (values.isfinite() & (values != 0)).any()
+    if not bool(largest_of_ranks(telling.int())):
         if not observer.seen:
             observer(values)
         return
-    if not bool(observer.low.any() or observer.high.any()):
+    if observer.seen_only_zeros:
         observer.reset()
     quant(values)
 

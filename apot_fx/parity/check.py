@@ -72,7 +72,8 @@ def _belong_together(prepared: nn.Module, converted: nn.Module) -> None:
 
 
 def _quantized_layers(model: nn.Module) -> set[str]:
-    return set(standalone(model)) | {
+    alone = standalone(model).items()
+    return {path for path, layer in alone if not getattr(layer, "read_at", "")} | {
         joined(path, info(node).layer)
         for path, stage in stages(model).items()
         for node in stage.graph.nodes
@@ -112,7 +113,7 @@ class _Comparison:
         values: dict[tuple[Place, int], Any] = {}
 
         def keep(site: Site, value: Any) -> None:
-            values[site.place, site.turn] = value.clone() if _is_pinned(site, value) else value
+            values[site.place, site.turn] = _copy(value) if _is_pinned(site, value) else value
 
         def again(site: Site, value: Any) -> None:
             first = values.get((site.place, site.turn))
@@ -221,8 +222,8 @@ def _looking(prepared: nn.Module, verdict: Verdict) -> Iterator[None]:
         verdict.nan_inputs += int(args[0].isnan().sum())
 
     def measure(name: str) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Any, ...]) -> None:
-            apart = module.distance_of_forms(*args)
+        def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            apart = module.distance_of_forms(*args, **kwargs)
             verdict.train_form[name] = max(verdict.train_form.get(name, 0.0), apart)
 
         return hook
@@ -231,7 +232,8 @@ def _looking(prepared: nn.Module, verdict: Verdict) -> Iterator[None]:
         if isinstance(module, FakeQuantize) and module.observer is not None:
             handles.append(module.register_forward_pre_hook(count_nan))
         elif isinstance(module, PreparedLayer):
-            handles.append(module.register_forward_pre_hook(measure(name)))
+            hook = measure(name)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
     try:
         yield
     finally:
@@ -243,6 +245,12 @@ def _is_pinned(site: Site, value: Any) -> bool:
     """Whether later code may write into the value."""
     pinned = site.node is None or bool(site.node.meta.get("pinned"))
     return pinned and isinstance(value, torch.Tensor)
+
+
+def _copy(value: torch.Tensor) -> torch.Tensor:
+    """A copy with the same strides, overlapping ones too."""
+    storage = value.untyped_storage().clone()
+    return value.new_empty(0).set_(storage, value.storage_offset(), value.shape, value.stride())
 
 
 def _compare_values(

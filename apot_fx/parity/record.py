@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from ..graph import called_name
 from ..passes.stage import NodeInfo, StageModule, info
 from ..passes.tree import joined, stages, standalone
 
@@ -57,6 +58,17 @@ class Site:
 Watch = Callable[[Site, Any], None]
 
 
+#: Calls whose values mean nothing until something is written into them.
+_UNINITIALISED = frozenset({"empty", "empty_like", "empty_strided", "new_empty"})
+
+
+def _means_nothing(node: fx.Node, value: Any) -> bool:
+    """Whether there is nothing to compare: memory not yet written, or an argument's own object,
+    which later nodes may change."""
+    given = node.op == "placeholder" and not isinstance(value, torch.Tensor)
+    return given or called_name(node) in _UNINITIALISED
+
+
 class NodeFailure(Exception):
     """A node of the stage under test raised; holds its site."""
 
@@ -75,9 +87,17 @@ class _Recorder(fx.Interpreter):
         super().__init__(stage)
         self.path, self.watch, self.turn = path, watch, -1
 
-    def run(self, *args: Any, **kwargs: Any) -> Any:
+    def run_with(self, arguments: dict[str, Any]) -> Any:
+        """Run on forward's arguments by name, defaults filled in."""
         self.turn += 1
-        return super().run(*args, **kwargs)
+        before, self.given = getattr(self, "given", {}), arguments
+        try:
+            return self.run()
+        finally:
+            self.given = before
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        return self.given[str(target).lstrip("*")]
 
     def run_node(self, n: fx.Node) -> Any:
         found, site = info(n), Site(self.path, self.turn, n)
@@ -89,7 +109,7 @@ class _Recorder(fx.Interpreter):
             raise
         except Exception as problem:
             raise NodeFailure(site, problem) from problem
-        if found.id is not None:
+        if found.id is not None and not _means_nothing(n, value):
             self.watch(site, value)
         return value
 
@@ -119,7 +139,7 @@ def _recorded(stage: StageModule, path: str, watch: Watch) -> Iterator[None]:
     def forward(*args: Any, **kwargs: Any) -> Any:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
-        return recorder.run(*_in_order(bound))
+        return recorder.run_with(dict(bound.arguments))
 
     vars(forward)["__signature__"] = signature  # run_batch reads it
     stage.__dict__["forward"] = forward
@@ -127,11 +147,6 @@ def _recorded(stage: StageModule, path: str, watch: Watch) -> Iterator[None]:
         yield
     finally:
         del stage.__dict__["forward"]
-
-
-def _in_order(bound: inspect.BoundArguments) -> list[Any]:
-    """One value per placeholder: ``*args`` and ``**kwargs`` are one each."""
-    return list(bound.arguments.values())
 
 
 def _teller(path: str, watch: Watch) -> Callable[..., None]:

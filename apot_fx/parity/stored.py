@@ -15,6 +15,7 @@ from torch import fx, nn
 from ..levels import LevelSet
 from ..nn import (
     ConvertedAttention,
+    ConvertedEmbedding,
     ConvertedLayer,
     ConvertedPairOp,
     ConvertedPool,
@@ -112,6 +113,8 @@ def _settings(module: nn.Module) -> dict[str, Any]:
         keys = ("attention", "input_spec", "input_levels", "output_dtype")
     elif isinstance(module, ConvertedLayer):
         keys = ("kind", "product", "output_dtype", "input_spec", "input_levels", "wide")
+    elif isinstance(module, ConvertedEmbedding):
+        keys = ("kind", "lookup", "output_dtype")
     elif isinstance(module, ConvertedRecurrent):
         keys = ("recurrence", "output_dtype", "wide")
     elif isinstance(module, Quantize):

@@ -13,7 +13,8 @@ fold                   a layer and the batch norm that alone reads it become one
 share                  which quantized edges use one fake-quant
 insert                 fake-quants on the edges, layers in their prepared form
 hoist                  fake-quants move up over index ops
-split                  (convert from here) folds that the inputs' rank turned out to forbid
+keep_weights           (convert from here) what is read beside its layer outlives packing
+split                  folds that the inputs' rank turned out to forbid
 drop_dropout           dropout is an identity in eval
 hoist                  once more: dropout may have stood in the way
 convert_activations    fake-quants become quantizers, index ops take their index form
@@ -21,8 +22,9 @@ convert_layers         layers run on packed weights and re-quantize for their re
 =====================  ==========================================================================
 
 ``base`` holds the contract of a pass, ``report`` what it tells, ``stage`` the GraphModule it works
-on, ``index_ops`` what may be moved over what, ``grammar`` the invariants. A pass imports these and,
-where it reads what an earlier pass wrote, that pass's keys.
+on, ``index_ops`` what may be moved over what, ``tied`` what layers with one weight agree on,
+``grammar`` the invariants. A pass imports these and, where it reads what an earlier pass wrote,
+that pass's keys.
 """
 
 from __future__ import annotations
@@ -36,29 +38,34 @@ from .functional_layers import FunctionalLayers
 from .functionalize import Functionalize
 from .hoist import Hoist
 from .insert import Insert
+from .keep_weights import KeepWeights
 from .normalize import Normalize
 from .products import QuantizeProducts
 from .residual import QuantizeResiduals
 from .share import Share
+from .tied import Groups
 from .trace import trace
 from .tracer import ApotTracer
 
-__all__ = ["ApotTracer", "convert_passes", "prepare_passes", "run_passes", "trace"]
+__all__ = ["ApotTracer", "convert_passes", "keep_passes", "prepare_passes", "run_passes", "trace"]
 
 
 def prepare_passes(
-    mapping: QConfigMapping, path: str = "", ends: tuple[bool, bool] = (True, True)
+    mapping: QConfigMapping,
+    path: str = "",
+    ends: tuple[bool, bool] = (True, True),
+    tied: Groups | None = None,
 ) -> tuple[Pass, ...]:
     """From a traced stage to a prepared one.
 
     ``path``: where the stage lies in the model; ``ends``: whether its inputs and outputs are the
-    model's.
+    model's; ``tied``: the model's layers that share a weight.
     """
     return (
         Functionalize(),
         Normalize(),
         FunctionalLayers(),
-        Annotate(mapping, path, ends),
+        Annotate(mapping, path, ends, tied or {}),
         QuantizeResiduals(mapping),
         QuantizeProducts(mapping),
         FoldBatchNorm(),
@@ -66,6 +73,11 @@ def prepare_passes(
         Insert(path),
         Hoist(),
     )
+
+
+def keep_passes() -> tuple[Pass, ...]:
+    """What every stage goes through before any layer of the model is converted."""
+    return (KeepWeights(),)
 
 
 def convert_passes(low_memory: bool = False) -> tuple[Pass, ...]:

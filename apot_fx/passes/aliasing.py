@@ -76,7 +76,9 @@ def _is_builtin(node: fx.Node) -> bool:
 def _getitem_kind(node: fx.Node) -> str:
     """Slices and numbers give a view, tensors as index a copy; a user's dict gives its member."""
     source = node.args[0]
-    if isinstance(source, fx.Node) and value_kind(source) == "other":
+    if isinstance(source, fx.Node) and (
+        value_kind(source) == "other" or _gives_fresh_tensors(source)
+    ):
         return "fresh"
     kinds: list[str] = []
     fx.map_arg(node.args[1], lambda arg: kinds.append(value_kind(arg)))
@@ -89,6 +91,18 @@ def _getitem_kind(node: fx.Node) -> str:
     if _has_tensor_list(node.args[1]):
         return "fresh"
     return "view"
+
+
+#: Calls that give several tensors of their own, if not asked for one (``max`` without an axis).
+_SEVERAL = frozenset("topk sort kthvalue mode std_mean var_mean aminmax max min unique".split())
+
+
+def _gives_fresh_tensors(node: fx.Node) -> bool:
+    """Whether a call gives a tuple of tensors that are views of nothing."""
+    name = called_name(node)
+    if name in _SEVERAL:
+        return True
+    return value_kind(node) == "tuple" and name not in VIEWS and node.op != "placeholder"
 
 
 def _has_tensor_list(index: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 import traceback
 import types
@@ -37,10 +38,7 @@ class Attempts:
             return
         name = tracer.failed_in
         if not name or name in self.modules:
-            raise TraceError(
-                f"{type(model).__name__} can't be traced ({why}). Rewrite that line without "
-                "Python decisions on tensor values, or prepare the parts separately"
-            ) from problem
+            raise TraceError(why) from problem
         self.modules[name] = why
         kind = type(model.get_submodule(name))
         alike = [path for path, module in model.named_modules() if type(module) is kind]
@@ -82,19 +80,27 @@ def _is_ours(frame: types.FrameType) -> bool:
 @contextmanager
 def opaque_functions(tracer: ApotTracer, attempts: Attempts) -> Iterator[None]:
     """While open, the functions named in ``attempts`` are recorded as one call each."""
-    before: list[tuple[dict[str, Any], str, Any]] = []
+    before: list[tuple[dict[str, Any] | type, str, Any]] = []
     try:
-        for variables, name in [place for found in attempts.functions.values() for place in found]:
-            function = variables[name]
-            before.append((variables, name, function))
-            variables[name] = _recorded(tracer, function)
+        for owner, name in [place for found in attempts.functions.values() for place in found]:
+            function = vars(owner)[name] if isinstance(owner, type) else owner[name]
+            before.append((owner, name, function))
+            _set(owner, name, _recorded(tracer, function))
         yield
     finally:
-        for variables, name, function in before:
-            variables[name] = function
+        for owner, name, function in before:
+            _set(owner, name, function)
+
+
+def _set(owner: dict[str, Any] | type, name: str, function: Callable[..., Any]) -> None:
+    if isinstance(owner, type):
+        setattr(owner, name, function)
+    else:
+        owner[name] = function
 
 
 def _recorded(tracer: ApotTracer, function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
     def record(*args: Any, **kwargs: Any) -> Any:
         if tracer.concrete or not _any_proxy(args, kwargs):
             return function(*args, **kwargs)

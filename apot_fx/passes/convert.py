@@ -33,6 +33,7 @@ from ..nn import (
     PreparedOp,
     Quantize,
     ThroughFloat,
+    keep_children,
 )
 from .base import Pass
 from .functional_layers import computed_operands
@@ -226,11 +227,12 @@ def _get(stage: StageModule, names: _Names) -> Any:
 
 def _register(stage: StageModule, module: ConvertedOp, name: str, aliases: list[str]) -> str:
     """Put a converted layer where the prepared one was; another grid of it beside it."""
-    if isinstance(stage.get_submodule(name), PreparedOp):
+    first = stage.get_submodule(name)
+    if isinstance(first, PreparedOp):
+        keep_children(first, module)
         for alias in aliases:
             set_submodule(stage, alias, module)
         return name
-    first = stage.get_submodule(name)
     if isinstance(first, ConvertedLayer):
         module.weight = first.weight
     parent, _, leaf = name.rpartition(".")

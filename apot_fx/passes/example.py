@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,10 +17,11 @@ from ..errors import TraceError
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """Positional and keyword arguments of one call."""
+    """Positional and keyword arguments of one call, and what it gave, where that is known."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    outputs: Any = None
 
     @classmethod
     def of(cls, inputs: Any) -> Call:
@@ -33,21 +35,32 @@ class Call:
         return cls((inputs,), {})
 
     def copied(self) -> Call:
-        """The same with copies of its tensors: a forward may write into its inputs."""
+        """The same with copies of tensors and objects: a forward may write into its inputs."""
         args, kwargs = pytree.tree_map(_copied, (self.args, self.kwargs))
         return Call(args, kwargs)
 
-    def grown(self) -> Call:
-        """The same with twice the batch: tensors of the first one's length, each doubled."""
-        tensors = [
-            leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if _has_batch(leaf)
-        ]
-        size = len(tensors[0]) if tensors else 0
+    def resized(self) -> list[Call]:
+        """The same with other sizes, the most telling first.
 
-        def grow(leaf: Any) -> Any:
-            return torch.cat([leaf, leaf]) if _has_batch(leaf) and len(leaf) == size else leaf
+        Half the batch (of one: twice) and half of axis 1, which may be time; half the batch and of
+        the last axes, which may be space; half the batch.
+        """
+        return [self._resized(axes) for axes in (_batch_and_time, _batch_and_space, _batch)]
 
-        args, kwargs = pytree.tree_map(grow, (self.args, self.kwargs))
+    def _resized(self, axes: Callable[[torch.Tensor], tuple[int, ...]]) -> Call:
+        """With other lengths of axes, where they are those of the first tensor that has them."""
+        lengths: dict[int, int] = {}
+
+        def resize(leaf: Any) -> Any:
+            if not isinstance(leaf, torch.Tensor):
+                return leaf
+            for axis in axes(leaf):
+                size = leaf.shape[axis]
+                if lengths.setdefault(axis, size) == size:
+                    leaf = _half(leaf, axis)
+            return leaf
+
+        args, kwargs = pytree.tree_map(resize, (self.args, self.kwargs))
         return Call(args, kwargs)
 
     def bound(self, model: nn.Module) -> inspect.BoundArguments:
@@ -61,9 +74,29 @@ class Call:
             ) from None
 
 
-def _has_batch(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0
+def _batch(tensor: torch.Tensor) -> tuple[int, ...]:
+    return (0,) if tensor.dim() else ()
+
+
+def _batch_and_time(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(range(min(2, tensor.dim())))
+
+
+def _batch_and_space(tensor: torch.Tensor) -> tuple[int, ...]:
+    return (*_batch(tensor), *range(2, tensor.dim()))
+
+
+def _half(tensor: torch.Tensor, axis: int) -> torch.Tensor:
+    size = tensor.shape[axis]
+    return tensor.narrow(axis, 0, size // 2) if size > 1 else torch.cat([tensor, tensor], axis)
 
 
 def _copied(value: Any) -> Any:
-    return value.detach().clone() if isinstance(value, torch.Tensor) else value
+    if isinstance(value, torch.Tensor):
+        return value.detach().clone()
+    if value is None or isinstance(value, (bool, int, float, str, nn.Module)):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        return value

@@ -19,8 +19,14 @@ from torch import fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
 from ..graph import argument, called_module, constant_value, free_name, set_submodule
-from ..nn import ConvProduct, FunctionalLayer, LinearProduct, PreparedFunctional
-from ..nn.products import Product
+from ..nn import (
+    ConvProduct,
+    FunctionalLayer,
+    LinearProduct,
+    PreparedFunctional,
+    Product,
+    TransposedProduct,
+)
 from .base import Pass
 from .functionalize import is_functional
 from .report import PassReport
@@ -29,7 +35,13 @@ from .training_flags import TRAINING_OF
 
 _CONVS = {functional.conv1d: 1, functional.conv2d: 2, functional.conv3d: 3}
 _MATMULS = (torch.matmul, torch.mm, operator.matmul, "matmul", "mm", "__matmul__")
+_TRANSPOSED = {
+    functional.conv_transpose1d: 1,
+    functional.conv_transpose2d: 2,
+    functional.conv_transpose3d: 3,
+}
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED_LAYERS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 #: Attributes that a module needs for itself once it is a layer.
 _OWN = (set(dir(PreparedFunctional)) | {"geometry", "stands_for", "weight_shape"}) - set(
@@ -101,6 +113,8 @@ def _match(node: fx.Node) -> _Call | None:
         return _call(x, weight, bias, False, _linear, 2)
     if node.target in _CONVS:
         return _match_conv(node, _CONVS[node.target])
+    if node.target in _TRANSPOSED:
+        return _match_transposed(node, _TRANSPOSED[node.target])
     if node.target in (torch.addmm, "addmm"):
         plain = all(node.kwargs.get(key, 1) == 1 for key in ("beta", "alpha"))
         keys = ("input", "mat1", "mat2")
@@ -130,6 +144,22 @@ def _match_conv(node: fx.Node, rank: int) -> _Call | None:
     def product(weight: torch.Tensor) -> Product:
         kernel = weight.shape[2:]
         return ConvProduct.of_call(rank, stride, padding, dilation, groups, kernel)
+
+    return _call(x, weight, bias, False, product, rank + 2)
+
+
+def _match_transposed(node: fx.Node, rank: int) -> _Call | None:
+    keys = ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation")
+    defaults = (None, None, None, 1, 0, 0, 1, 1)
+    x, weight, bias, *geometry = (
+        argument(node, place, key, default)
+        for place, (key, default) in enumerate(zip(keys, defaults, strict=True))
+    )
+    if not {x, weight, bias}.issuperset(node.all_input_nodes):
+        return None  # traced geometry
+
+    def product(weight: torch.Tensor) -> Product:
+        return TransposedProduct.of_call(rank, *geometry)
 
     return _call(x, weight, bias, False, product, rank + 2)
 
@@ -164,9 +194,9 @@ class _Names:
         self.stage = stage
         self.made: dict[Any, str] = {}
         inside = {n for weight in weights for n in _ancestors(weight)}
-        self.called = {
-            str(n.target) for n in stage.graph.nodes if n.op == "call_module" and n not in inside
-        }
+        nodes = stage.graph.nodes
+        self.called = {str(n.target) for n in nodes if n.op == "call_module" and n not in inside}
+        self.read = {str(n.target) for n in nodes if n.op == "get_attr"}
         keys = {_expression(weight): _owner(weight) for weight in weights}
         owners = list(keys.values())
         self.single = {owner for owner in owners if owners.count(owner) == 1}
@@ -184,7 +214,8 @@ class _Names:
         layer.geometry = product
         layer.stands_for = (*_classes(owner), node.target, _layer_type(product))
         name = path
-        if self._may_become(path, owner):
+        own = {str(n.target) for n in (*_ancestors(call.weight), *_ancestors(call.bias))}
+        if self._may_become(path, owner, own):
             layer.__dict__.update(owner.__dict__)
         else:
             parts = (path, _stem(call.weight, owner, product))
@@ -192,20 +223,28 @@ class _Names:
         set_submodule(self.stage, name, layer.train(owner.training))
         return name
 
-    def _may_become(self, path: str, owner: nn.Module) -> bool:
-        """Whether the weight's owner has no other use than this layer."""
-        used = any(name == path or name.startswith(f"{path}.") for name in self.called)
+    def _may_become(self, path: str, owner: nn.Module, own: set[str]) -> bool:
+        """Whether the weight's owner has no other use than this layer, which reads ``own``."""
+        others = self.called | (self.read - own)
+        used = any(name == path or name.startswith(f"{path}.") for name in others)
         registered = {*owner.__dict__, *owner._modules, *owner._parameters, *owner._buffers}
         return bool(path) and path in self.single and not used and not (registered & _OWN)
 
 
 def _classes(owner: nn.Module) -> tuple[type, ...]:
-    """What a config may call the owner; a root or container says nothing about its layers."""
-    return tuple(k for k in type(owner).__mro__ if k not in (nn.Module, object, StageModule))
+    """What a config may call the owner; a root or container says nothing about its layers.
+
+    Nor does an embedding about the head that uses its weight.
+    """
+    if isinstance(owner, (nn.Embedding, nn.EmbeddingBag, StageModule)):
+        return ()
+    return tuple(k for k in type(owner).__mro__ if k not in (nn.Module, object))
 
 
 def _layer_type(product: Product) -> type[nn.Module]:
-    return _LAYERS[len(product.stride) if isinstance(product, ConvProduct) else 0]
+    if isinstance(product, TransposedProduct):
+        return _TRANSPOSED_LAYERS[product.rank - 1]
+    return _LAYERS[product.rank if isinstance(product, ConvProduct) else 0]
 
 
 def _stem(weight: fx.Node, owner: nn.Module, product: Product) -> str:
@@ -218,9 +257,9 @@ def _stem(weight: fx.Node, owner: nn.Module, product: Product) -> str:
     return stem if not hasattr(owner, stem) else free_name(owner, stem)
 
 
-def _ancestors(node: fx.Node) -> list[fx.Node]:
-    """A constant's whole computation, itself first."""
-    found = [node]
+def _ancestors(node: Any) -> list[fx.Node]:
+    """A constant's whole computation, itself first; nothing for what is no node."""
+    found = [node] if isinstance(node, fx.Node) else []
     for current in found:
         found.extend(n for n in current.all_input_nodes if n not in found)
     return found

@@ -69,12 +69,9 @@ DROPOUT_MODULES = (
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
 )
-#: Max pools that torch has no integer kernel for (2.13): these run through float32 of the index.
-FLOAT_ONLY = frozenset({"max_pool1d", "MaxPool1d"}) | frozenset(
-    name.format(rank)
-    for rank in (1, 2, 3)
-    for name in ("adaptive_max_pool{}d", "AdaptiveMaxPool{}d")
-)
+#: Max pools run through float32 of the index: torch (2.13) has no integer kernel for some, and for
+#: channels-last bytes one that refuses more than 255 places.
+FLOAT_ONLY = MAX_POOLS | {kind.__name__ for kind in MAX_POOL_MODULES}
 NEAREST = frozenset({"nearest", "nearest-exact"})
 
 

@@ -9,7 +9,7 @@ from torch import fx, nn
 
 from ..fake_quant import FakeQuantize
 from ..graph import called_module, module_aliases, set_submodule
-from ..nn import PREPARED, PreparedLayer, PreparedOp, prepare_standalone
+from ..nn import PreparedLayer, PreparedOp, prepare_standalone, prepared_type
 from .annotate import STANDALONE_CONFIG, plan_of
 from .base import Pass
 from .functional_layers import computed_operands
@@ -51,7 +51,9 @@ class Insert(Pass):
                 name = str(node.target)
                 full = joined(self.path, name)
                 weight = computed_operands(stage, node)[:1]
-                prepared = PREPARED[type(layer)].take_over(layer, plan.weight, full, *weight)
+                kind = prepared_type(type(layer))
+                assert kind is not None
+                prepared = kind.take_over(layer, plan.weight, full, *weight)
                 for alias in aliases[id(layer)]:
                     set_submodule(stage, alias, prepared)
                 report.change(name, f"weight on {plan.weight.describe()}")

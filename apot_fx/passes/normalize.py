@@ -1,4 +1,4 @@
-"""Normalise: functional dropout and batch norm become modules, so that training flags stay live.
+"""Normalise: functional dropout, batch norm and attention become modules with live training flags.
 
 Tracing writes the value that ``self.training`` had into the call; a module follows
 ``prepared.train()`` and ``prepared.eval()``.
@@ -14,6 +14,7 @@ import torch.nn.functional as functional
 from torch import fx, nn
 
 from ..graph import free_name, set_submodule
+from ..nn import attend
 from .base import Pass
 from .functionalize import is_functional
 from .report import PassReport
@@ -55,6 +56,21 @@ class LiveBatchNorm(nn.Module):
         )
 
 
+class LiveAttention(nn.Module):
+    """Scaled dot product attention whose dropout follows the model."""
+
+    def forward(
+        self,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        dropout: float,
+        is_causal: bool,
+    ) -> torch.Tensor:
+        return attend(query, key, value, mask, dropout, is_causal, self.training)
+
+
 class Normalize(Pass):
     """Rebuild calls that hold a ``self.training`` as modules of the flag's owner."""
 
@@ -72,6 +88,9 @@ class Normalize(Pass):
             elif node.target is functional.batch_norm:
                 _batch_norm(stage, node, owner)
                 report.change(node, f"{owner or 'root'}: functional batch norm became a module")
+            elif node.target is attend:
+                _attention(stage, node, owner)
+                report.change(node, f"{owner or 'root'}: attention with dropout became a module")
             else:
                 report.leave(node, "self.training fixed at the value it had while tracing")
 
@@ -79,14 +98,22 @@ class Normalize(Pass):
 def _dropout(stage: StageModule, node: fx.Node, owner: str) -> None:
     bound = _bind(node)
     module = DROPOUTS[node.target](p=float(bound["p"]))
-    _call(stage, node, owner, module, (bound["input"],))
+    _call(stage, node, owner, "functional_dropout", module, (bound["input"],))
 
 
 def _batch_norm(stage: StageModule, node: fx.Node, owner: str) -> None:
     bound = _bind(node)
     module = LiveBatchNorm(bound["momentum"], bound["eps"])
     keys = ("input", "running_mean", "running_var", "weight", "bias")
-    _call(stage, node, owner, module, tuple(bound[key] for key in keys))
+    arguments = tuple(bound[key] for key in keys)
+    _call(stage, node, owner, "functional_batch_norm", module, arguments)
+
+
+def _attention(stage: StageModule, node: fx.Node, owner: str) -> None:
+    bound = _bind(node)
+    keys = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
+    arguments = tuple(bound[key] for key in keys)
+    _call(stage, node, owner, "functional_attention", LiveAttention(), arguments)
 
 
 def _bind(node: fx.Node) -> dict[str, Any]:
@@ -99,12 +126,16 @@ def _bind(node: fx.Node) -> dict[str, Any]:
 
 
 def _call(
-    stage: StageModule, node: fx.Node, owner: str, module: nn.Module, args: tuple[Any, ...]
+    stage: StageModule,
+    node: fx.Node,
+    owner: str,
+    stem: str,
+    module: nn.Module,
+    args: tuple[Any, ...],
 ) -> None:
     """Turn a node into a call of a new module registered at the flag's owner."""
     parent = stage.get_submodule(owner)
     prefix = f"{owner}." if owner else ""
-    stem = "functional_" + ("dropout" if len(args) == 1 else "batch_norm")
     name = prefix + free_name(parent, stem)
     set_submodule(stage, name, module.train(parent.training))
     node.op, node.target, node.args, node.kwargs = "call_module", name, args, {}

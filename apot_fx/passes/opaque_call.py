@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..errors import GuardError
 from .proxy import Untraceable, is_proxy
 
 _PLAIN = (
@@ -56,6 +57,7 @@ class OpaqueCall(nn.Module):
         self.constants = tuple(None if is_proxy(leaf) else leaf for leaf in leaves)
         self.traced = [leaves[place] for place in self.places]
         self.constants = tuple(_constant(function, leaf) for leaf in self.constants)
+        self.gives_none: bool | None = None  # as it did for the example; None: not known
 
     def take_traced(self) -> tuple[Any, ...]:
         """The proxies, for the call's node; they are not kept."""
@@ -67,7 +69,14 @@ class OpaqueCall(nn.Module):
         for place, value in zip(self.places, traced, strict=True):
             leaves[place] = value
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
-        return self.function(*args, **kwargs)
+        result = self.function(*args, **kwargs)
+        if self.gives_none not in (None, result is None):
+            now, then = ("None", "a value") if result is None else ("a value", "None")
+            raise GuardError(
+                f"{self.function.__name__}() gives {now}, but gave {then} for the example_inputs, "
+                "and the code behind it asks for that; prepare with example_inputs of this kind"
+            )
+        return result
 
     def extra_repr(self) -> str:
         return f"{self.function.__module__}.{self.function.__qualname__}"
@@ -117,19 +126,28 @@ class Record:
         return made
 
 
-#: Where a function is looked up by name: a module's variables and the name.
-Place = tuple[dict[str, Any], str]
+def without_parts(module: nn.Module) -> nn.Module:
+    """A module of the same class and plain attributes, without parameters and submodules."""
+    shell = object.__new__(type(module))
+    shell.__dict__.update(module.__dict__)
+    for registry in ("_parameters", "_buffers", "_modules"):
+        shell.__dict__[registry] = {}
+    return shell
+
+
+#: Where a function is looked up by name: a module's variables, or a class, and the name.
+Place = tuple[dict[str, Any] | type, str]
 
 
 def places_of(frame: types.FrameType, callers: list[types.FrameType]) -> list[Place]:
-    """Where the callers of a function (nearest first) look it up; empty for methods and the like.
+    """Where the callers of a function (nearest first) look it up; empty for lambdas and the like.
 
     Decorated functions run behind their wrapper's frames, so several callers are asked.
     """
     code = frame.f_code
-    found: list[Place] = []
     if code.co_name in ("<module>", "<lambda>", "forward", "__call__"):
         return []
+    found: list[Place] = _method_places(frame)
     for variables, names in [
         *((caller.f_globals, caller.f_code.co_names) for caller in callers[:4]),
         (frame.f_globals, (code.co_name,)),
@@ -142,5 +160,16 @@ def places_of(frame: types.FrameType, callers: list[types.FrameType]) -> list[Pl
     return found
 
 
+def _method_places(frame: types.FrameType) -> list[Place]:
+    """The class whose method of a module runs."""
+    code = frame.f_code
+    owner = frame.f_locals.get(code.co_varnames[0]) if code.co_argcount else None
+    if not isinstance(owner, nn.Module):
+        return []
+    name = code.co_name
+    found = [k for k in type(owner).__mro__ if _runs(vars(k).get(name), code)]
+    return [(k, name) for k in found[:1]]
+
+
 def _runs(function: Any, code: types.CodeType) -> bool:
-    return getattr(inspect.unwrap(function), "__code__", None) is code
+    return function is not None and getattr(inspect.unwrap(function), "__code__", None) is code

@@ -42,7 +42,7 @@ class QuantizeResiduals(Pass):
         for node in list(stage.graph.nodes):
             if node.meta.get("pinned") or node.meta.get("keep"):
                 continue
-            if _is_add(node):
+            if is_add(node):
                 both = (node.args[0], node.args[1])
                 put_operator(stage, node, "apot_add", PreparedAdd(), both, LayerPlan(None, spec))
                 report.change(node, f"add on {spec.describe()}")
@@ -66,14 +66,13 @@ def put_operator(
     set_info(node, layer=name)
 
 
-def _is_add(node: fx.Node) -> bool:
-    """``a + b`` of two computed tensors (not of a parameter, buffer or number)."""
+def is_add(node: fx.Node) -> bool:
+    """``a + b`` of two tensors, one of which at least is no parameter or buffer itself."""
     if node.target not in (operator.add, torch.add, "add") or node.kwargs or len(node.args) != 2:
         return False
-    return all(
-        isinstance(arg, fx.Node) and arg.op != "get_attr" and value_kind(arg) == "tensor"
-        for arg in node.args
-    )
+    operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
+    tensors = [arg for arg in operands if value_kind(arg) == "tensor"]
+    return len(tensors) == 2 and any(arg.op != "get_attr" for arg in tensors)
 
 
 def pool_of(stage: nn.Module, node: fx.Node) -> Pool | None:

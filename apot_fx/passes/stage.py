@@ -51,6 +51,15 @@ class NodeInfo:
 
 
 @dataclasses.dataclass
+class Work:
+    """Multiply-adds of a batch: of quantized and of other layers, of products of activations."""
+
+    quantized: int = 0
+    float_layers: int = 0
+    products: int = 0
+
+
+@dataclasses.dataclass
 class StageInfo:
     """What a stage knows about itself beside its graph."""
 
@@ -58,6 +67,7 @@ class StageInfo:
     origin: type[nn.Module]  # the user's class
     reports: list[PassReport] = dataclasses.field(default_factory=list)
     opaque: dict[str, str] = dataclasses.field(default_factory=dict)  # untraced module → why
+    work: Work | None = None  # of calibrate's first batch
     forward: Forward | None = None  # how calibrate ran a batch; not pickled
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StageInfo:
@@ -126,7 +136,7 @@ class StageModule(fx.GraphModule):
         plain = {k: v for k, v in root.__dict__.items() if k not in taken or k.endswith(_HOOKS)}
         self.__dict__.update(plain)
         self.training = root.training
-        self.apot = StageInfo(kind, type(root))
+        self.apot = StageInfo(kind, getattr(root, "float_type", type(root)))
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -216,7 +226,7 @@ def keep_quantizers(module: nn.Module, state_dict: dict[str, Any], prefix: str, 
     Also a load hook of modules that hold stages without being one.
     """
     own: dict[str, Any] = {}
-    for name, part in module.named_modules():
+    for name, part in module.named_modules(remove_duplicate=False):
         if isinstance(part, FakeQuantize):
             own.update(part.state_dict(prefix=f"{prefix}{name}."))
     if not any(key in state_dict for key in own):

@@ -33,11 +33,16 @@ def trace(
     example_inputs: Any = None,
     leaf_modules: Iterable[type[nn.Module] | str] = (),
     refused_lines: Iterable[str] = (),
+    settles_sizes: bool = True,
+    admits: bool = True,
 ) -> StageModule:
     """Trace ``model`` (taken over, not copied) into a stage of kind ``"traced"``.
 
-    ``refused_lines``: ``file.py:12``, decisions that the example does not settle. Raises TraceError
-    where the model's own forward can't be followed.
+    ``refused_lines``: ``file.py:12``, decisions that the example does not settle.
+    ``settles_sizes``: whether it settles decisions on sizes (under a guard in the graph).
+    ``admits``: whether code that asks if it is being traced is told so.
+
+    Raises TraceError where the model's own forward can't be followed.
     """
     example = None if example_inputs is None else Call.of(example_inputs)
     if example is not None:
@@ -48,6 +53,7 @@ def trace(
         tracer = ApotTracer([*leaf_modules, *attempts.modules])
         tracer.example = None if example is None else example.copied()
         tracer.refused_lines = frozenset(refused_lines)
+        tracer.settles_sizes, tracer.admits = settles_sizes, admits
         branches: list[tuple[str, str]] = []
         try:
             graph = _attempt(model, tracer, attempts, branches)
@@ -63,7 +69,7 @@ def trace(
             _settle_changed(model, attempts, changed)
             continue
         both_ways = _switched_without_layers(model, branches)
-        if both_ways:
+        if both_ways.keys() - attempts.modules.keys():  # else it is no call of it that decides
             attempts.modules.update(both_ways)
             continue
         model._modules.update(kept)
@@ -106,7 +112,7 @@ def _attempt(
         if not tracer.concrete:
             branches.append((owner, line))
 
-    asking = AskingValues()
+    asking = AskingValues(tracer.admits)
     with (
         torch.random.fork_rng(enabled=tracer.example is not None),
         training_flags(model, branched),

@@ -12,16 +12,18 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
+from torch.utils import _pytree as pytree
 
 from ..fake_quant import FakeQuantize
 from ..graph import argument, called_name, free_name
 from ..nn import ConvertedOp, PreparedOp, Quantize, ThroughFloat
 from .arguments import RootArguments
 from .example import Call
-from .opaque_call import OpaqueCall, Record, fingerprint
+from .opaque_call import OpaqueCall, Record, fingerprint, without_parts
 from .patches import ambient_state, region_depth
 from .proxy import (
     DATA,
+    SIZE,
     UNKNOWN,
     ApotProxy,
     Untraceable,
@@ -64,6 +66,8 @@ class ApotTracer(fx.Tracer):
         self.opaque: list[str] = []  # names of OpaqueCalls that this trace registered
         self.in_function = ""  # the opaque function that runs on the example's values
         self.refused: list[Callable[..., Any]] = []  # functions that can't be called as a whole
+        self.settles_sizes = True  # whether a decision on sizes may be taken as the example does
+        self.admits = True  # whether code that asks is told that it is being traced
         self.refused_lines: frozenset[str] = frozenset()  # whose decisions can't be kept
 
     # Values of the example
@@ -120,6 +124,8 @@ class ApotTracer(fx.Tracer):
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
         if self.concrete:
+            if self.in_function and isinstance(attr_val, torch.Tensor):
+                raise Untraceable(f"{self.in_function} reads the model's tensor {attr!r}")
             return attr_val
         found = super().getattr(attr, attr_val, parameter_proxy_cache)
         if is_proxy(found) and self.example is not None:
@@ -132,7 +138,9 @@ class ApotTracer(fx.Tracer):
             raise Untraceable("a Python decision on tensor values")
         line = _user_frame()
         if line in self.refused_lines:
-            raise Untraceable("a Python decision that other batch sizes turn")
+            raise Untraceable("a Python decision that other sizes turn")
+        if not self.settles_sizes and self.hangs_on(condition.node) == SIZE:
+            raise Untraceable("a Python decision on a size, in a module that Python code calls")
         if not any(user.target is check_decision for user in condition.node.users):
             facts = (condition, outcome, line)
             guard = self.create_proxy("call_function", check_decision, facts, {})
@@ -174,6 +182,8 @@ class ApotTracer(fx.Tracer):
             if self.in_function and next(m.parameters(), None) is not None:
                 raise Untraceable(f"{self.in_function} calls layers")
             return forward(*args, **kwargs)
+        if not self._is_registered(m) and not m.state_dict():
+            return forward(*args, **kwargs)  # made on the way: nothing but its forward
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name):
             return super().call_module(m, forward, args, kwargs)
@@ -193,6 +203,9 @@ class ApotTracer(fx.Tracer):
         finally:
             self.inside.pop()
 
+    def _is_registered(self, module: nn.Module) -> bool:
+        return module in (self.submodule_paths or {})
+
     def path_of_module(self, mod: nn.Module) -> str:
         try:
             return super().path_of_module(mod)
@@ -206,7 +219,8 @@ class ApotTracer(fx.Tracer):
     def call_opaquely(self, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """Record a call of a Python function that can't be followed."""
         try:
-            call = OpaqueCall(function, args, kwargs)
+            stripped = pytree.tree_map(self._stripped, (args, kwargs), is_leaf=is_proxy)
+            call = OpaqueCall(function, *stripped)
             name = free_name(self.root, f"opaque_{function.__name__.strip('_')}")
             self.root.add_module(name, call)
             self.opaque.append(name)
@@ -215,12 +229,18 @@ class ApotTracer(fx.Tracer):
             made = self.create_proxy("call_module", name, call.take_traced(), {})
             if before is None or fingerprint(call.constants) != before:
                 raise Untraceable(f"{function.__name__} changes what it is called with")
-            return made
+            call.gives_none = made.value is None
+            made.node.meta["keep"] = call.gives_none
+            return None if call.gives_none else made
         except Untraceable:
             self.refused.append(function)
             raise
         finally:
             self.in_function = ""
+
+    def _stripped(self, value: Any) -> Any:
+        """The root is not kept whole by the calls that get it: its layers have another place."""
+        return without_parts(self.root) if value is self.root else value
 
     # Arguments
 

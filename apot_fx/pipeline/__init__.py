@@ -7,7 +7,8 @@ import these.
 
 from .calibrate import calibrate
 from .convert import BACKENDS, convert
+from .merge import merge_observers
 from .prepare import prepare
 from .stages import require_stage
 
-__all__ = ["BACKENDS", "calibrate", "convert", "prepare", "require_stage"]
+__all__ = ["BACKENDS", "calibrate", "convert", "merge_observers", "prepare", "require_stage"]

@@ -13,14 +13,14 @@ import dataclasses
 from torch import nn
 
 from ..errors import GuardError, TraceError
-from ..nn import STANDALONE
+from ..nn import is_standalone_type
 from ..passes import run_passes, trace
-from ..passes.annotate import WITH_WEIGHTS, OuterLayers
+from ..passes.annotate import OuterLayers, has_weights
 from ..passes.example import Call
 from ..passes.functionalize import Functionalize
 from ..passes.stage import StageModule
 from ..passes.tree import joined
-from .floats import Calls, calls_inside, check_bits, runs
+from .floats import Calls, calls_inside, check_bits, resized
 
 Ends = tuple[bool, bool]
 
@@ -36,19 +36,19 @@ class Captured:
     layers: dict[str, nn.Module] = dataclasses.field(default_factory=dict)
     ends: dict[str, Ends] = dataclasses.field(default_factory=dict)
     opaque: dict[str, str] = dataclasses.field(default_factory=dict)  # what stays Python → why
+    read: dict[str, str] = dataclasses.field(default_factory=dict)  # layers that stay float → why
 
 
 def capture(model: nn.Module, call: Call | None, in_graphs: bool = True) -> Captured:
     """Capture a model, which keeps its modules, attributes and values.
 
-    ``call``: example inputs, by which every graph is verified, with twice the batch too.
+    ``call``: example inputs, by which every graph is verified, with other sizes too.
     ``in_graphs=False`` keeps all of the user's code in Python: only standalone layers are found.
     """
     search = _Search(in_graphs)
     calls = None
     if call is not None:
-        grown = call.grown()
-        calls = Calls.of([call, grown] if runs(model, grown) else [call])
+        calls = Calls.of([call, *resized(model, call)])
     search.visit("", model, calls, (True, True))
     return search.found
 
@@ -58,6 +58,7 @@ class _Search:
         self.in_graphs = in_graphs
         self.found = Captured()
         self.seen: set[int] = set()
+        self.read: dict[str, str] = {}  # layers whose parameters other code reads → where
 
     def visit(self, path: str, module: nn.Module, calls: Calls | None, ends: Ends) -> None:
         """Capture a module that Python code calls; ``calls``: how, as far as is known."""
@@ -65,7 +66,10 @@ class _Search:
             return
         self.seen.add(id(module))
         self.found.ends[path] = ends
-        if type(module) in STANDALONE and path:
+        if path in self.read:
+            self.found.read[path] = f"its weight is read at {self.read[path]} without calling it"
+            return
+        if is_standalone_type(type(module)) and path:
             self.found.layers[path] = module
             return
         try:
@@ -73,7 +77,7 @@ class _Search:
         except TraceError as problem:
             if type(module).forward is not nn.Module.forward:  # a mere container
                 self.found.opaque[path] = str(problem)
-            inside = None if calls is None else calls_inside(module, calls)
+            inside = self._inside(path, module, calls)
             self._visit_children(path, module, inside, ends)
             return
         self.found.stages[path] = stage
@@ -87,9 +91,10 @@ class _Search:
             raise TraceError("it is called with arguments of several kinds")
         writing = [m for m in module.modules() if getattr(m, "inplace", False) is True]
         refused: set[str] = set()
+        admits = calls is not None
         while True:
             try:
-                return _verified(path, module, calls, refused)
+                return _verified(path, module, calls, refused, admits)
             except GuardError as guard:
                 _set_inplace(writing)
                 if not guard.line or guard.line in refused:
@@ -97,7 +102,17 @@ class _Search:
                 refused.add(guard.line)
             except TraceError:
                 _set_inplace(writing)
-                raise
+                if not admits:
+                    raise
+                admits = False  # its code may compute otherwise once it knows of the trace
+
+    def _inside(self, path: str, module: nn.Module, calls: Calls | None) -> dict[str, Calls] | None:
+        """How a module calls what is below it, by relative path; None without an example."""
+        if calls is None:
+            return None
+        inside, reads = calls_inside(module, calls)
+        self.read.update({joined(path, name): line for name, line in reads.items()})
+        return inside
 
     def _visit_children(
         self,
@@ -129,8 +144,8 @@ class _Search:
             module = stage.get_submodule(leaf)
             if not _holds_layers(module) or id(module) in self.seen:
                 continue
-            if calls is not None and inside is None:
-                inside = calls_inside(stage, calls)
+            if inside is None:
+                inside = self._inside(path, stage, calls)
             self.seen.add(id(module))
             full = joined(path, leaf)
             self.found.opaque[full] = why
@@ -142,9 +157,12 @@ class _Search:
             self._visit_children(full, module, own, outer.of(nodes, ends))
 
 
-def _verified(path: str, module: nn.Module, calls: Calls | None, refused: set[str]) -> StageModule:
+def _verified(
+    path: str, module: nn.Module, calls: Calls | None, refused: set[str], admits: bool
+) -> StageModule:
     example = None if calls is None else calls.examples[0]
-    stage = run_passes(trace(module, example, refused_lines=refused), [Functionalize()])
+    traced = trace(module, example, (), refused, settles_sizes=not path, admits=admits)
+    stage = run_passes(traced, [Functionalize()])
     if calls is not None:
         check_bits(stage, module, calls)
     elif path and any(n.meta.get("keep") for n in stage.graph.nodes if n.op == "call_function"):
@@ -159,4 +177,4 @@ def _set_inplace(modules: list[nn.Module]) -> None:
 
 
 def _holds_layers(module: nn.Module) -> bool:
-    return any(isinstance(part, WITH_WEIGHTS) for part in module.modules())
+    return any(map(has_weights, module.modules()))

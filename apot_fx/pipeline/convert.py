@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator
 
 import torch
@@ -17,18 +16,21 @@ from ..errors import (
     did_you_mean,
 )
 from ..fake_quant import EXACT_UNIT, OBSERVING, FakeQuantize
-from ..graph import called_module, module_aliases, set_submodule
+from ..graph import called_module, copy_of, module_aliases, set_submodule
 from ..nn import (
     PreparedLayer,
     PreparedOp,
     PreparedRecurrent,
+    PreparedWeighted,
     convert_standalone,
     input_fake_quants,
+    keep_children,
 )
-from ..passes import convert_passes, run_passes
+from ..passes import convert_passes, keep_passes, run_passes
 from ..passes.functional_layers import computed_operands
 from ..passes.stage import grids_of
 from ..passes.tree import joined, stage_info, stages, standalone
+from .tied import share_packed, shared_fake_quants
 
 BACKENDS = ("auto", "reference")
 
@@ -41,8 +43,11 @@ def convert(prepared: nn.Module, backend: str, low_memory: bool, inplace: bool) 
             f"{did_you_mean(backend, BACKENDS)}"
         )
     _check_convertible(prepared)
-    model = prepared if inplace else copy.deepcopy(prepared)
+    model = prepared if inplace else copy_of(prepared)
     model.eval()
+    tied = shared_fake_quants(model)
+    for stage in stages(model).values():
+        run_passes(stage, keep_passes())
     _convert_standalone(model, low_memory)
     for stage in reversed(stages(model).values()):  # inner ones first
         run_passes(stage, convert_passes(low_memory))
@@ -50,6 +55,7 @@ def convert(prepared: nn.Module, backend: str, low_memory: bool, inplace: bool) 
     known = stage_info(model)
     assert known is not None
     known.kind = "converted"
+    share_packed(model, tied)
     return model
 
 
@@ -57,7 +63,12 @@ def _convert_standalone(model: nn.Module, low_memory: bool) -> None:
     aliases = module_aliases(model)
     for layer in standalone(model).values():
         assert isinstance(layer, PreparedOp)
-        converted = convert_standalone(layer, low_memory)
+        converted: nn.Module
+        if isinstance(layer, PreparedWeighted) and layer.read_at:
+            converted = layer.in_float()
+        else:
+            converted = convert_standalone(layer, low_memory)
+        keep_children(layer, converted)
         for alias in aliases[id(layer)]:
             set_submodule(model, alias, converted)
 
@@ -67,8 +78,13 @@ def _check_convertible(prepared: nn.Module) -> None:
     _check_calibrated(prepared)
     for name, weight in _weights(prepared):
         _check_values(name, weight)
+    floats = tuple(
+        f"{path}."
+        for path, op in standalone(prepared).items()
+        if isinstance(op, PreparedWeighted) and op.read_at
+    )
     for name, module in prepared.named_modules():
-        if not isinstance(module, FakeQuantize):
+        if not isinstance(module, FakeQuantize) or name.startswith(floats):
             continue
         _check_values(f"{name}.alpha", module.alpha)
         level_set = module.known_level_set()
@@ -94,7 +110,7 @@ def _weights(prepared: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     for path, op in standalone(prepared).items():
         if isinstance(op, PreparedRecurrent):
             yield from ((f"{path}.{name}", weight) for name, weight in op.weights.items())
-        elif isinstance(op, PreparedLayer):
+        elif isinstance(op, PreparedWeighted):
             yield f"{path}.weight", op.operands(None, None)[0]
 
 
@@ -113,6 +129,8 @@ def _input_quants(prepared: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]
             yield from ((own, name, quant) for name, quant in input_fake_quants(layer).items())
     for path, op in standalone(prepared).items():
         assert isinstance(op, PreparedOp)
+        if isinstance(op, PreparedWeighted) and op.read_at:
+            continue
         for name, quant in input_fake_quants(op).items():
             yield path, name, quant
 

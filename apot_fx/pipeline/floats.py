@@ -16,6 +16,7 @@ from ..errors import GuardError, ModelError, TraceError
 from ..fake_quant import FakeQuantize
 from ..passes.example import Call
 from ..values import members, same_bits
+from .reads import parameter_reads
 
 #: Random state of every run that is compared.
 _SEED = 20
@@ -32,7 +33,7 @@ class Calls:
 
     @classmethod
     def of(cls, calls: list[Call]) -> Calls:
-        kinds = [_kind_of(call) for call in calls]
+        kinds = [_kind_of((call.args, call.kwargs)) for call in calls]
         return cls(tuple(calls[:_EXAMPLES]), all(kind == kinds[0] for kind in kinds))
 
     def joined(self, more: Calls) -> Calls:
@@ -64,12 +65,20 @@ def outputs(model: nn.Module, call: Call) -> Any:
         torch.backends.mha.set_fastpath_enabled(fused)
 
 
-def own_outputs(model: nn.Module, call: Call) -> Any:
-    """The float model's outputs on example_inputs; its own failure is named as its own."""
+def with_outputs(model: nn.Module, call: Call) -> Call:
+    """example_inputs with what the float model gives; its own failure is named as its own."""
     try:
-        return outputs(model, call)
+        return dataclasses.replace(call, outputs=outputs(model, call))
     except Exception as problem:
         raise _own_failure(model, problem) from problem
+
+
+def resized(model: nn.Module, call: Call) -> list[Call]:
+    """A call with other sizes and what it gives: the first that the float model takes."""
+    for other in call.resized():
+        with suppress(Exception):
+            return [dataclasses.replace(other, outputs=outputs(model, other))]
+    return []
 
 
 def _own_failure(model: nn.Module, problem: Exception) -> ModelError:
@@ -85,28 +94,17 @@ def _own_failure(model: nn.Module, problem: Exception) -> ModelError:
     )
 
 
-def runs(model: nn.Module, call: Call) -> bool:
-    """Whether a float model takes a call."""
-    try:
-        outputs(model, call)
-    except Exception:
-        return False
-    return True
-
-
 def check_bits(stage: nn.Module, model: nn.Module, calls: Calls) -> None:
     """Raise TraceError unless a graph gives the bits of its model (GuardError: for a guard)."""
     for call in calls.examples:
-        expected = outputs(model, call)
-        if not same_bits(expected, outputs(model, call)):
-            continue  # the model differs from itself
         try:
             found = outputs(stage, call)
         except GuardError:
             raise
         except Exception as problem:
             raise TraceError(f"its graph fails with {type(problem).__name__}: {problem}") from None
-        if not same_bits(expected, found):
+        expected = outputs(model, call) if call.outputs is None else call.outputs
+        if not same_bits(expected, found) and same_bits(expected, outputs(model, call)):
             raise TraceError("its graph gives other bits than the model")
 
 
@@ -124,8 +122,11 @@ def in_float(prepared: nn.Module) -> Iterator[None]:
             quant.observer_enabled, quant.fake_quant_enabled = observes, quantizes
 
 
-def calls_inside(model: nn.Module, calls: Calls) -> dict[str, Calls]:
-    """How a float model, called so, calls the modules below it, by path."""
+def calls_inside(model: nn.Module, calls: Calls) -> tuple[dict[str, Calls], dict[str, str]]:
+    """What a float model, called so, does with the modules below it, by their path.
+
+    How it calls them, and whose parameters it reads without calling them (``file.py:12``).
+    """
     found: dict[str, list[Call]] = {}
     alike: dict[str, bool] = {}
     handles = [
@@ -134,12 +135,13 @@ def calls_inside(model: nn.Module, calls: Calls) -> dict[str, Calls]:
         if path
     ]
     try:
-        for call in calls.examples:
-            outputs(model, call)
+        with parameter_reads(model) as reads:
+            for call in calls.examples:
+                outputs(model, call)
     finally:
         for handle in handles:
             handle.remove()
-    return {path: Calls(tuple(calls), alike[path]) for path, calls in found.items()}
+    return {path: Calls(tuple(calls), alike[path]) for path, calls in found.items()}, reads
 
 
 def _recorder(
@@ -147,7 +149,7 @@ def _recorder(
 ) -> Callable[..., None]:
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls = found.setdefault(path, [])
-        same = not calls or _kind_of(calls[0]) == _kind_of(Call(args, kwargs))
+        same = not calls or _kind_of((calls[0].args, calls[0].kwargs)) == _kind_of((args, kwargs))
         alike[path] = alike.get(path, True) and same
         if len(calls) < _EXAMPLES or (len(calls) < _EXAMPLES + 1 and not same):
             calls.append(Call(args, kwargs).copied())

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
-import torch
 from torch import nn
 
 from ..config import QConfig, QConfigMapping
 from ..errors import ModelError, TraceError
-from ..graph import substitute
-from ..nn import prepare_standalone
+from ..graph import copy_of, substitute
+from ..nn import expand_attention, prepare_standalone
 from ..passes import prepare_passes, run_passes
-from ..passes.annotate import LEFT_BY_CONFIG, describe_config, resolve
+from ..passes.annotate import describe_config, resolve
 from ..passes.example import Call
 from ..passes.report import PassReport
 from ..passes.stage import StageInfo, StageModule, keep_quantizers
+from ..passes.tied import Groups, settle
 from ..passes.tree import joined, stage_info
 from ..values import same_bits, tensors_in
 from .capture import Captured, capture
-from .floats import in_float, outputs, own_outputs
+from .floats import in_float, outputs, with_outputs
 from .stages import require_float
+from .tied import share_fake_quants, tied_layers
 
 
 def prepare(
@@ -39,53 +39,44 @@ def prepare(
     if call is None:
         return _prepare(model if inplace else copy_of(model), mapping, None, True)
     call.bound(model)
-    expected = own_outputs(model, call)
-    if not tensors_in(expected):
-        raise ModelError(
-            f"{type(model).__name__}'s forward gives no tensor but a {type(expected).__name__}"
-        )
-    steady = same_bits(expected, outputs(model, call))
+    call = with_outputs(model, call)
+    if not tensors_in(call.outputs):
+        kind = type(call.outputs).__name__
+        raise ModelError(f"{type(model).__name__}'s forward gives no tensor but a {kind}")
     if inplace:
         return _prepare(model, mapping, call, True)
     for in_graphs in (True, False):
         prepared = _prepare(copy_of(model), mapping, call, in_graphs)
-        if not steady or _same_in_float(prepared, call, expected):
-            break
-    else:
-        raise TraceError(
-            f"{type(model).__name__} prepared with every quantizer off gives other bits than the "
-            "model, though its code and layers are its own; please report it with the model"
-        )
-    return prepared
+        if _same_in_float(prepared, model, call):
+            return prepared
+    raise TraceError(
+        f"{type(model).__name__} prepared with every quantizer off gives other bits than the "
+        "model, though its code and layers are its own; please report it with the model"
+    )
 
 
-def _same_in_float(prepared: nn.Module, call: Call, expected: Any) -> bool:
+def _same_in_float(prepared: nn.Module, model: nn.Module, call: Call) -> bool:
+    """Whether prepared gives the model's bits; also where the model does not give them again."""
     with in_float(prepared):
-        return same_bits(expected, outputs(prepared, call))
-
-
-def copy_of(model: nn.Module) -> nn.Module:
-    """A deep copy, also where a module keeps computed tensors (as torch's old weight_norm does)."""
-    memo: dict[int, Any] = {}
-    for module in model.modules():
-        for value in module.__dict__.values():
-            if isinstance(value, torch.Tensor) and not value.is_leaf:
-                memo[id(value)] = value.detach().clone()
-    return copy.deepcopy(model, memo)
+        same = same_bits(call.outputs, outputs(prepared, call))
+    return same or not same_bits(call.outputs, outputs(model, call))
 
 
 def _prepare(
     model: nn.Module, mapping: QConfigMapping, call: Call | None, in_graphs: bool
 ) -> nn.Module:
+    expand_attention(model)
     found = capture(model, call, in_graphs)
     owners = [model, *found.stages.values()]
     originals = {path: model.get_submodule(path) for path in found.stages}
-    report = _prepare_layers(found, mapping, owners)
+    tied = tied_layers(model, found, mapping)
+    report = _prepare_layers(found, mapping, tied, owners)
     for path, stage in found.stages.items():
-        run_passes(stage, prepare_passes(mapping, path, found.ends[path]))
+        run_passes(stage, prepare_passes(mapping, path, found.ends[path], tied))
         stage.apot.kind = "prepared"
     substitute(owners, {id(originals[path]): stage for path, stage in found.stages.items()})
     root = found.stages.get("") or _python_root(model)
+    share_fake_quants(root)
     info = stage_info(root)
     assert info is not None
     info.opaque = found.opaque
@@ -95,18 +86,23 @@ def _prepare(
 
 
 def _prepare_layers(
-    found: Captured, mapping: QConfigMapping, owners: list[nn.Module]
+    found: Captured, mapping: QConfigMapping, tied: Groups, owners: list[nn.Module]
 ) -> PassReport:
     """Standalone layers in place of those that Python code calls."""
     report = PassReport("standalone")
     made: dict[int, nn.Module] = {}
     for path, layer in found.layers.items():
-        config = resolve(mapping, path, layer, found.ends[path])
-        if config is None or config.weight is None:
-            report.leave(path, LEFT_BY_CONFIG)
+        member = resolve(mapping, path, layer, found.ends[path])
+        group = tied.get(id(layer._parameters.get("weight")))
+        choice = (member.config, member.reason)
+        config, reason = settle(group).get(path, choice) if group else choice
+        if reason or config is None:
+            report.leave(path, reason)
             continue
         made[id(layer)] = prepare_standalone(layer, config, path)
         report.change(path, f"{describe_config(config)}, called by Python code")
+    for path, why in found.read.items():
+        report.leave(path, why)
     substitute(owners, made)
     return report
 

@@ -4,28 +4,50 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..nn import ConvertedLayer, ConvertedRecurrent, PreparedLayer, PreparedRecurrent
-from ..passes.annotate import WITH_WEIGHTS
+from ..nn import ConvertedRecurrent, ConvertedWeighted, PreparedRecurrent, PreparedWeighted
+from ..passes.annotate import has_weights
+from ..passes.edges import index_edges
+from ..passes.tree import stage_info, stages
 
 
 def coverage_notes(model: nn.Module) -> list[str]:
     """Lines for people below a table."""
     inside, outside = _parameters(model)
     layers, floats = _layers(model)
-    total = inside + outside
-    share = f"{100 * inside / total:.1f} %" if total else "none"
-    return [f"{layers} of {layers + floats} layers quantized, {share} of weights"]
+    lines = [
+        f"{layers} of {layers + floats} layers quantized, {_percent(inside, inside + outside)} of "
+        "their weights"
+    ]
+    known = stage_info(model)
+    if known is not None and known.work is not None:
+        work = known.work
+        both = work.quantized + work.float_layers
+        lines.append(
+            f"{_percent(work.quantized, both)} of the layers' multiply-adds quantized; products of "
+            f"activations are {_percent(work.products, both + work.products)} of all"
+        )
+    else:
+        lines.append("multiply-adds are known once calibrate has run")
+    carried, edges = (sum(column) for column in zip(*_edges(model), strict=True))
+    lines.append(f"{carried} of {edges} edges from layer to layer carried as indices")
+    return lines
 
 
-_QUANTIZED = (PreparedLayer, ConvertedLayer, PreparedRecurrent, ConvertedRecurrent)
+def _percent(part: int, whole: int) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "none"
+
+
+def _edges(model: nn.Module) -> list[tuple[int, int]]:
+    return [(0, 0), *(index_edges(stage) for stage in stages(model).values())]
+
+
+_QUANTIZED = (PreparedWeighted, ConvertedWeighted, PreparedRecurrent, ConvertedRecurrent)
 
 
 def _layers(model: nn.Module) -> tuple[int, int]:
     """Quantized layers, and layers left in float."""
     quantized = sum(isinstance(m, _QUANTIZED) for m in model.modules())
-    floats = sum(
-        isinstance(m, WITH_WEIGHTS) and not isinstance(m, _QUANTIZED) for m in model.modules()
-    )
+    floats = sum(has_weights(m) and not isinstance(m, _QUANTIZED) for m in model.modules())
     return quantized, floats
 
 
@@ -33,12 +55,12 @@ def _parameters(model: nn.Module) -> tuple[int, int]:
     """Weights of quantized layers, and those of layers left in float."""
     inside = outside = 0
     for module in model.modules():
-        if isinstance(module, (PreparedLayer, ConvertedLayer)):
+        if isinstance(module, (PreparedWeighted, ConvertedWeighted)):
             inside += module.weight_shape.numel()
         elif isinstance(module, PreparedRecurrent):
             inside += sum(weight.numel() for weight in module.weights.values())
         elif isinstance(module, ConvertedRecurrent):
             inside += sum(part.shape.numel() for part in module.weights.values())
-        elif isinstance(module, WITH_WEIGHTS):
+        elif has_weights(module):
             outside += sum(p.numel() for p in module.parameters(recurse=False))
     return inside, outside

@@ -12,17 +12,19 @@ from ..graph import called_module, describe_call, value_kind
 from ..levels import LevelSet
 from ..nn import (
     ConvertedAttention,
-    ConvertedLayer,
     ConvertedOp,
     ConvertedRecurrent,
+    ConvertedWeighted,
     PreparedLayer,
     PreparedOp,
     PreparedRecurrent,
+    PreparedWeighted,
     Quantize,
     input_fake_quants,
 )
 from ..passes.functional_layers import constants
 from ..passes.index_ops import bounds
+from ..passes.opaque_call import OpaqueCall
 from ..passes.stage import StageModule, as_tuple, grids_of, info
 from ..passes.tree import joined, stage_info, stages, standalone
 from ..table import Table
@@ -45,7 +47,8 @@ def explain(model: nn.Module, node: str | None = None) -> Table:
     nothing.
     """
     rows = [row for path, stage in stages(model).items() for row in _stage_rows(path, stage)]
-    rows += [_standalone_row(path, layer) for path, layer in _called_by_python(model)]
+    own = "called by Python code"
+    rows += [_standalone_row(path, layer, own) for path, layer in _called_by_python(model)]
     known = stage_info(model)
     assert known is not None
     shown = {row["name"] for row in rows}
@@ -108,14 +111,18 @@ def _row(stage: StageModule, call: fx.Node, reasons: dict[str, str]) -> dict[str
     if isinstance(module, Quantize):
         return _cells(name, "quantize", "index", inputs=str(module.level_set))
     if isinstance(module, (PreparedOp, ConvertedOp)) and module.standalone:
-        return _standalone_row(name, module)
+        return _standalone_row(name, module, "called as in float")
     if isinstance(module, PreparedLayer):
         return _prepared_row(stage, call, module)
-    if isinstance(module, ConvertedLayer):
-        inputs = "float" if module.input_levels is None else str(module.input_levels)
+    if isinstance(module, ConvertedWeighted):
+        inputs = str(module.input_levels or module.float_input)
         return _cells(name, module.kind, "integer", str(module.weight.level_set), inputs)
     if isinstance(module, (PreparedOp, ConvertedOp)):
         return _operator_row(stage, call, module)
+    if isinstance(module, OpaqueCall):
+        called = f"{module.function.__name__.strip('_')}()"
+        why = reasons.get(f"{module.function.__name__}()", "left as one call")
+        return _cells(name, called, "float", why=_with_remedy(why))
     op = describe_call(stage, call)
     if found.quantizer:
         return _cells(name, op, "index", why=f"carries indices of {found.quantizer}")
@@ -127,21 +134,23 @@ def _describe(quant: FakeQuantize) -> str:
     return f"{quant.spec.describe()}, {sign}"
 
 
-def _standalone_row(path: str, layer: PreparedOp | ConvertedOp) -> dict[str, object]:
-    """A layer that owns its quantizers."""
-    own = "called by Python code"
-    if isinstance(layer, ConvertedLayer):
-        inputs = "float" if layer.input_levels is None else str(layer.input_levels)
+def _standalone_row(path: str, layer: PreparedOp | ConvertedOp, own: str) -> dict[str, object]:
+    """A layer that owns its quantizers; ``own``: who calls it."""
+    if isinstance(layer, ConvertedWeighted):
+        inputs = str(layer.input_levels or layer.float_input)
         return _cells(path, layer.kind, "integer", str(layer.weight.level_set), inputs, own)
     if isinstance(layer, ConvertedRecurrent):
         weights = {str(part.level_set) for part in layer.weights.values()}
         return _cells(path, layer.recurrence.kind, "integer", ", ".join(weights), "", own)
-    assert isinstance(layer, (PreparedLayer, PreparedRecurrent))
+    assert isinstance(layer, (PreparedWeighted, PreparedRecurrent))
     quants = list(input_fake_quants(layer).values())
-    inputs = _describe(quants[0]) if quants else "float"
+    inputs = _describe(quants[0]) if quants else getattr(layer, "float_input", "float")
     if any(quant.state == OBSERVING and not quant.seen for quant in quants):
         own = "never ran so far: convert refuses it until it does"
-    if isinstance(layer, PreparedLayer):
+    if isinstance(layer, PreparedWeighted):
+        if layer.read_at:
+            why = f"its weight is read at {layer.read_at} without calling it"
+            return _cells(path, layer.kind, "float", why=why)
         weight = layer.weight_fake_quant.spec.describe()
     else:
         weight = next(iter(layer.weight_fake_quants.values())).spec.describe()
@@ -154,9 +163,9 @@ def _operator_row(
     """An operator without a weight: what each of its inputs lies on."""
     name = str(call.target)
     if isinstance(op, ConvertedOp):
-        specs = [spec or "float" for spec in as_tuple(op.input_spec)]
+        specs = as_tuple(op.input_spec)
+        levels = [str(LevelSet.parse(spec)) if spec else "float" for spec in specs]
         own = [str(op.quantize.level_set)] if isinstance(op, ConvertedAttention) else []
-        levels = [str(LevelSet.parse(spec)) for spec in specs]
         return _cells(name, op.kind, "integer", inputs=_inputs(levels, own))
     quants = [stage.get_submodule(str(m.target)) for _, m in grids_of(call) if m is not None]
     grids = [_describe(quant) for quant in quants if isinstance(quant, FakeQuantize)]

@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..nn import ConvertedLayer, ConvertedPairOp, PreparedLayer, PreparedPairOp
+from ..nn import (
+    ConvertedLayer,
+    ConvertedPairOp,
+    ConvertedWeighted,
+    PreparedLayer,
+    PreparedPairOp,
+    PreparedWeighted,
+)
 from ..passes.tree import stage_info
 from ..table import Table
 
@@ -32,11 +39,12 @@ def summary(stage: nn.Module) -> Table:
     for name, layer in stage.named_modules():
         if isinstance(layer, (PreparedPairOp, ConvertedPairOp)):
             rows.append(_pair_row(name, layer))
-        if not isinstance(layer, (PreparedLayer, ConvertedLayer)):
+        if not isinstance(layer, (PreparedWeighted, ConvertedWeighted)):
             continue
         row = _row(name, layer)
         rows.append(row)
-        stored = layer.weight if isinstance(layer, ConvertedLayer) else layer.weight_fake_quant
+        converted = isinstance(layer, ConvertedWeighted)
+        stored = layer.weight if converted else layer.weight_fake_quant
         if id(stored) not in seen:
             seen.add(id(stored))
             packed += int(str(row["bytes"]))
@@ -55,16 +63,18 @@ def _pair_row(name: str, op: PreparedPairOp | ConvertedPairOp) -> dict[str, obje
     return dict(zip(_COLUMNS, (name, op.kind, "", "", "", stored, 0, inputs), strict=True))
 
 
-def _row(name: str, layer: PreparedLayer | ConvertedLayer) -> dict[str, object]:
-    if isinstance(layer, ConvertedLayer):
-        level_set, kind = layer.weight.level_set, layer.kind
-        inputs = "float" if layer.input_levels is None else str(layer.input_levels)
-        scales = layer.s.numel() + layer.b.numel() + layer.weight.alpha.numel()
+def _row(name: str, layer: PreparedWeighted | ConvertedWeighted) -> dict[str, object]:
+    if isinstance(layer, ConvertedWeighted):
+        level_set, alpha = layer.weight.level_set, layer.weight.alpha
+        inputs = str(layer.input_levels or layer.float_input)
+        own = layer.s.numel() + layer.b.numel() if isinstance(layer, ConvertedLayer) else 0
     else:
-        level_set, kind = layer.weight_fake_quant.known_level_set(), layer.kind
+        level_set, alpha = layer.weight_fake_quant.known_level_set(), layer.weight_fake_quant.alpha
         inputs = "see explain"
-        scales = 2 * layer.weight_shape[0] + layer.weight_fake_quant.alpha.numel()
-    count = layer.weight_shape.numel()
+        own = 0
+        if isinstance(layer, PreparedLayer):
+            own = max(layer.channels, alpha.numel()) + layer.channels
+    kind, scales, count = layer.kind, alpha.numel() + own, layer.weight_shape.numel()
     values = (
         name,
         kind,

@@ -26,6 +26,7 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
     w, s, b = torch.randint(-9, 9, (4, 2, 3, 3)).float(), torch.rand(4), torch.randn(4)
     levels = torch.randint(0, 9, (2, 4, 5, 6)).float()
     geometry = ([1, 2], [1, 1], [1, 1], 2)
+    turned = ([1, 2], [1, 1], [0, 1], [1, 1], 2)
     flat, fw = torch.randint(0, 9, (3, 20)).float(), torch.randint(-9, 9, (4, 20)).float()
     where: list[tuple[Any, ...]] = [
         (one, SPEC), (four, SPEC, 1), (groups, SPEC, 1, 8),
@@ -60,6 +61,13 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
             (levels[:, :, 0], w[:, :, 0], s, b, [1], [1], [2], 2, False),
         ],
         "conv_grouped": [(levels, w, torch.rand(4, 3), b, *geometry, 8, False)],
+        "conv_transpose": [
+            (levels, w, s, b, *turned, False),
+            (levels.to(memory_format=torch.channels_last), w, s, b, *turned, True),
+            (levels[0], w, s, b, *turned, False),
+            (levels[:, :, 0], w[:, :, 0], s, b, [2], [1], [1], [2], 2, False),
+        ],
+        "conv_transpose_grouped": [(levels, w, torch.rand(4, 3), b, *turned, 8, False)],
     }  # fmt: skip
 
 

@@ -187,11 +187,20 @@ def test_reasons() -> None:
     class Own(nn.Linear):
         pass
 
-    model = nn.Sequential(Own(3, 3), nn.ConvTranspose1d(3, 3, 1), nn.Linear(3, 3))
-    stage = trace(model)
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList([Own(3, 3), nn.Bilinear(3, 3, 3), nn.Linear(3, 3)])
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.layers[0](x)
+            return self.layers[2](self.layers[1](x, x))
+
+    stage = trace(Model())
     run_passes(stage, [Functionalize(), Annotate(UNIFORM)])
     why = {n.where: n.what for n in reversed(stage.apot.reports[-1].left)}
-    assert "subclass of Linear" in why["0"] and "no quantized form" in why["1"] and "2" not in why
+    assert "subclass of Linear" in why["layers.0"] and "no quantized form" in why["layers.1"]
+    assert "layers.2" not in why
 
 
 # fold

@@ -20,17 +20,18 @@ class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first, self.last = nn.Conv2d(3, 4, 3), nn.Linear(4, 2)
-        self.up, self.unused = nn.ConvTranspose2d(4, 4, 2), nn.Linear(2, 2)
+        self.both, self.unused = nn.Bilinear(4, 4, 4), nn.Linear(2, 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.last(nn.functional.gelu(self.up(self.first(x))).mean((2, 3)))
+        x = nn.functional.gelu(self.first(x)).mean((2, 3))
+        return self.last(self.both(x, x))
 
 
 def test_every_layer_has_a_row_and_a_reason() -> None:
     prepared = apot_fx.prepare_apot(Odd(), apot_fx.QConfigMapping.from_preset("w4a4"))
     rows = {row["name"]: row for row in apot_fx.explain(prepared).rows}
     assert rows["first"]["form"] == "quantized" and "uniform8" in rows["first"]["weight"]
-    assert rows["up"]["form"] == "float" and "no quantized form" in rows["up"]["why"]
+    assert rows["both"]["form"] == "float" and "no quantized form" in rows["both"]["why"]
     assert "never called" in rows["unused"]["why"]
     assert "test_views.py" in rows["gelu"]["why"]
     assert rows["activation_post_process_0"]["form"] == "observing"
