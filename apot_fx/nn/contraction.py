@@ -26,30 +26,34 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 class Contraction:
     """What is multiplied with what.
 
-    ``call`` is torch's function: ``"matmul"``, ``"mm"``, ``"bmm"``, ``"baddbmm"`` (of which only
-    ``alpha · a @ b`` is meant) or ``"einsum"`` with its ``equation``, output spelled out.
+    ``call`` is torch's function: ``"matmul"``, ``"mm"``, ``"bmm"``, ``"baddbmm"`` with its factors
+    ``alpha`` and ``beta``, or ``"einsum"`` with its ``equation``, output spelled out.
     """
 
     call: str
     equation: str = ""
     alpha: float = 1
+    beta: float = 0
 
-    def plain(self, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-        """What torch computes."""
+    def plain(self, a: torch.Tensor, b: torch.Tensor, addend: Any = None) -> torch.Tensor:
+        """What torch computes; ``addend`` is what baddbmm adds to, if anything."""
         result: torch.Tensor
         if self.call == "einsum":
             result = torch.einsum(self.equation, a, b)
         elif self.call == "baddbmm":
-            nothing = a.new_zeros(1, 1, 1)
-            result = torch.baddbmm(nothing, a, b, beta=0, alpha=self.alpha)
+            start = a.new_zeros(1, 1, 1) if addend is None else addend.to(a.dtype)
+            result = torch.baddbmm(start, a, b, beta=self.beta, alpha=self.alpha)
         else:
             result = getattr(torch, self.call)(a, b)
         return result
 
-    def exact(self, a: torch.Tensor, b: torch.Tensor, s: torch.Tensor, unit: int) -> torch.Tensor:
-        """Levels in (integer-valued float32), ``fl(fl(acc) · s) + 0.0`` out, times alpha last.
+    def exact(
+        self, a: torch.Tensor, b: torch.Tensor, s: torch.Tensor, unit: int, addend: Any = None
+    ) -> torch.Tensor:
+        """Levels in (integer-valued float32), ``y = fl(fl(acc) · s) + 0.0`` out.
 
-        ``unit``: the largest magnitude of a product of two levels.
+        Of baddbmm ``fl(y · alpha) + fl(addend · beta)``. ``unit``: the largest magnitude of a
+        product of two levels.
         """
         wide = self.terms(a, b) * unit > EXACT_SUM
         out: torch.Tensor
@@ -57,7 +61,10 @@ class Contraction:
             out = torch.ops.apot_fx.einsum(a, b, s, self.equation, wide)
         else:
             out = torch.ops.apot_fx.matmul(a, b, s, wide)
-        return out if self.alpha == 1 else out * self.alpha
+        out = out if self.alpha == 1 else out * self.alpha
+        if addend is not None:
+            out = out + (addend if self.beta == 1 else addend * self.beta)
+        return out
 
     def terms(self, a: torch.Tensor, b: torch.Tensor) -> int:
         """How many products every sum has."""
@@ -72,7 +79,11 @@ class Contraction:
 
 
 def multiply(
-    contraction: Contraction, pair: Pair, quants: tuple[FakeQuantize | None, ...], exact: bool
+    contraction: Contraction,
+    pair: Pair,
+    quants: tuple[FakeQuantize | None, ...],
+    exact: bool,
+    addend: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """A product of values that fake-quants put on their grids.
 
@@ -82,7 +93,7 @@ def multiply(
     first, second = quants
     on_grid = first is not None and second is not None and first.quantizes and second.quantizes
     if not exact or not on_grid:
-        return contraction.plain(*_alike(*pair))
+        return contraction.plain(*_alike(*pair), addend)
     assert first is not None and second is not None
     with torch.no_grad():
         a, b = (
@@ -90,9 +101,10 @@ def multiply(
             for x, quant in zip(pair, (first, second), strict=True)
         )
         s = first.step() * second.step()
-        y = contraction.exact(a, b, s, first.unit * second.unit)
-    if torch.is_grad_enabled() and any(x.requires_grad for x in pair):
-        return with_gradient_of(y, contraction.plain(*_alike(*pair)).to(y.dtype))
+        y = contraction.exact(a, b, s, first.unit * second.unit, addend)
+    learns = any(x is not None and x.requires_grad for x in (*pair, addend))
+    if torch.is_grad_enabled() and learns:
+        return with_gradient_of(y, contraction.plain(*_alike(*pair), addend).to(y.dtype))
     return y
 
 
@@ -124,7 +136,10 @@ class PreparedPairOp(PreparedOp):
 
 
 class PreparedProduct(PreparedPairOp):
-    """Torch's product in train; in eval the sum of products of levels."""
+    """Torch's product in train; in eval the sum of products of levels.
+
+    Called as ``op((a, b), (fake-quant of each), addend=…)``.
+    """
 
     kind = "product"
 
@@ -133,9 +148,12 @@ class PreparedProduct(PreparedPairOp):
         self.contraction = contraction
 
     def forward(
-        self, x: Pair, fake_quants: tuple[FakeQuantize | None, FakeQuantize | None] = (None, None)
+        self,
+        x: Pair,
+        fake_quants: tuple[FakeQuantize | None, FakeQuantize | None] = (None, None),
+        addend: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        y = multiply(self.contraction, x, fake_quants, exact=not self.training)
+        y = multiply(self.contraction, x, fake_quants, not self.training, addend)
         return self.rounded(y, fake_quants)
 
     def extra_repr(self) -> str:
@@ -181,10 +199,10 @@ class ConvertedProduct(ConvertedPairOp):
         super().__init__(op, fake_quants, first.step() * second.step())
         self.contraction = op.contraction
 
-    def compute(self, x: Pair) -> torch.Tensor:
+    def compute(self, x: Pair, addend: torch.Tensor | None = None) -> torch.Tensor:
         first, second = self.input_levels
         a, b = self.levels(x)
-        y = self.contraction.exact(a, b, self.s, first.unit * second.unit)
+        y = self.contraction.exact(a, b, self.s, first.unit * second.unit, addend)
         return y.to(self.output_dtype)
 
     def extra_repr(self) -> str:

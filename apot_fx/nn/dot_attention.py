@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -19,18 +18,23 @@ _PRODUCT = Contraction("matmul")
 
 @dataclasses.dataclass(frozen=True)
 class Attention:
-    """The options of a call of ``scaled_dot_product_attention`` that are no tensors."""
+    """The options of a call of ``scaled_dot_product_attention`` that are no tensors.
+
+    ``live``: the dropout follows a training flag; torch's own function always drops.
+    """
 
     dropout: float = 0.0
     causal: bool = False
     gqa: bool = False
+    live: bool = False
 
     def plain(
-        self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: Any, scale: float | None
+        self, x: Three, mask: torch.Tensor | None, scale: float | None, training: bool
     ) -> torch.Tensor:
-        """What torch computes, dropout included, whatever the mode."""
+        """What torch computes."""
+        dropout = self.dropout if training or not self.live else 0.0
         return functional.scaled_dot_product_attention(
-            q, k, v, mask, self.dropout, self.causal, scale=scale, enable_gqa=self.gqa
+            *x, mask, dropout, self.causal, scale=scale, enable_gqa=self.gqa
         )
 
     def heads(self, q: torch.Tensor, *others: torch.Tensor) -> list[torch.Tensor]:
@@ -71,7 +75,7 @@ class PreparedAttention(PreparedPairOp):
     """Called as ``op((q, k, v), (fake-quant of each), mask=…, scale=…)``.
 
     Child ``activation_post_process`` is the fake-quant of the softmax, which lies inside. With
-    nothing quantizing it is torch's own call, bit for bit. Dropout acts in train alone then.
+    nothing quantizing it is torch's own call, bit for bit; else dropout acts in train alone.
     """
 
     kind = "attention"
@@ -96,7 +100,7 @@ class PreparedAttention(PreparedPairOp):
             if own.observer_enabled:
                 with torch.no_grad():
                     own(self._softmax(x, fake_quants, mask, scale))
-            return self.attention.plain(*x, mask, scale)
+            return self.attention.plain(x, mask, scale, self.training)
         weights = own(self._softmax(x, fake_quants, mask, scale))
         if self.attention.dropout and self.training:
             weights = functional.dropout(weights, self.attention.dropout)

@@ -11,13 +11,14 @@ from torch import fx
 
 from ..config import ActivationSpec, QConfigMapping
 from ..fake_quant import FakeQuantize
-from ..graph import argument, called_name, value_kind
+from ..graph import argument, called_module, called_name, free_name, value_kind
 from ..nn import Attention, Contraction, PreparedAttention, PreparedProduct
 from .annotate import LayerPlan
 from .base import Pass
 from .functional_layers import constants
 from .functionalize import is_functional
 from .index_ops import is_torch_call
+from .normalize import LiveAttention
 from .report import PassReport
 from .residual import put_operator
 from .stage import StageModule
@@ -58,7 +59,7 @@ class QuantizeProducts(Pass):
         for node in list(stage.graph.nodes):
             if node.meta.get("pinned") or node.meta.get("keep"):
                 continue
-            found = _match(node)
+            found = _match(stage, node)
             if isinstance(found, _Match):
                 found = _why_not(found, constant) or found
             if isinstance(found, str):
@@ -74,10 +75,14 @@ def _replace(stage: StageModule, node: fx.Node, match: _Match, spec: ActivationS
     if isinstance(match.geometry, Attention):
         softmax = FakeQuantize.for_activation(spec, signed=False)
         attention = PreparedAttention(match.geometry, softmax, dtype).to(device)
-        put_operator(stage, node, "apot_attention", attention, match.operands, plan)
+        # Its dropout follows the flag of the module where it stands.
+        live = match.geometry.live
+        name = str(node.target) if live else free_name(stage, "apot_attention")
+        put_operator(stage, node, name, attention, match.operands, plan)
     else:
         product = PreparedProduct(match.geometry, dtype).to(device)
-        put_operator(stage, node, "apot_product", product, match.operands, plan)
+        name = free_name(stage, "apot_product")
+        put_operator(stage, node, name, product, match.operands, plan)
     node.kwargs = {key: value for key, value in match.others.items() if value is not None}
 
 
@@ -98,8 +103,11 @@ def _why_not(match: _Match, constant: set[fx.Node]) -> str:
     return ""
 
 
-def _match(node: fx.Node) -> _Match | str | None:
+def _match(stage: StageModule, node: fx.Node) -> _Match | str | None:
     """The product that a node computes, or why it stays float; None for any other node."""
+    if isinstance(called_module(stage, node), LiveAttention):
+        *operands, mask, dropout, causal = node.args
+        return _attention(operands, {"mask": mask}, dropout, causal, live=True)
     name = called_name(node)
     if not is_torch_call(node, name):
         return None
@@ -117,13 +125,14 @@ def _match(node: fx.Node) -> _Match | str | None:
 
 
 def _match_baddbmm(node: fx.Node) -> _Match | str:
-    alpha, beta = (node.kwargs.get(key, 1) for key in ("alpha", "beta"))
-    if isinstance(beta, fx.Node) or beta != 0:
-        return "baddbmm adds its first tensor; only beta=0 is a product alone"
-    if not isinstance(alpha, (int, float)) or "out" in node.kwargs or len(node.args) > 3:
-        return "baddbmm with a traced alpha, or an output of its own"
+    factors: list[Any] = [node.kwargs.get(key, 1) for key in ("alpha", "beta")]
+    known = all(isinstance(factor, (int, float)) for factor in factors)
+    if not known or "out" in node.kwargs or len(node.args) > 3:
+        return "baddbmm with a traced alpha or beta, or an output of its own"
     operands = argument(node, 1, "batch1"), argument(node, 2, "batch2")
-    return _Match(operands, Contraction("baddbmm", alpha=alpha))
+    alpha, beta = factors
+    others = {"addend": argument(node, 0, "input") if beta else None}
+    return _Match(operands, Contraction("baddbmm", alpha=alpha, beta=beta), others)
 
 
 def _match_einsum(node: fx.Node) -> _Match | str | None:
@@ -163,10 +172,21 @@ def _match_attention(node: fx.Node) -> _Match | str:
         argument(node, place, key, default)
         for place, (key, default) in enumerate(zip(keys, defaults, strict=True))
     )
-    gqa = node.kwargs.get("enable_gqa", False)
+    others = {"mask": mask, "scale": node.kwargs.get("scale")}
+    return _attention([q, k, v], others, dropout, causal, node.kwargs.get("enable_gqa", False))
+
+
+def _attention(
+    operands: list[Any],
+    others: dict[str, Any],
+    dropout: Any,
+    causal: Any,
+    gqa: Any = False,
+    live: bool = False,
+) -> _Match | str:
     if any(isinstance(option, fx.Node) for option in (dropout, causal, gqa)):
         return "its dropout_p, is_causal or enable_gqa is traced"
-    if causal and mask is not None:
+    if causal and others["mask"] is not None:
         return "a mask beside is_causal, which torch refuses"
-    others = {"mask": mask, "scale": node.kwargs.get("scale")}
-    return _Match((q, k, v), Attention(float(dropout), bool(causal), bool(gqa)), others)
+    options = Attention(float(dropout), bool(causal), bool(gqa), live)
+    return _Match(tuple(operands), options, others)

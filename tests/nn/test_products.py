@@ -201,6 +201,24 @@ def test_gradients_are_those_of_torchs_fake_quant(training: bool) -> None:
         )
 
 
+@pytest.mark.parametrize("beta", [1, 0.5])
+def test_baddbmm_adds_in_float(beta: float) -> None:
+    torch.manual_seed(0)
+    a, b, start = torch.randn(3, 5, 5), torch.randn(3, 5, 5), torch.randn(5, 5, requires_grad=True)
+    quants = quant(True), quant(False)
+    op = PreparedProduct(Contraction("baddbmm", alpha=0.3, beta=beta)).eval()
+    y = op((quants[0](a), quants[1](b)), quants, addend=start)
+    made = ConvertedProduct(op, quants, None)
+    assert torch.equal(y, made((index_of(quants[0], a), index_of(quants[1], b)), addend=start))
+    (qa, step_a), (qb, step_b) = oracle(a, quants[0]), oracle(b, quants[1])
+    added = start.detach().numpy() * F32(beta)
+    assert np.array_equal(y.detach().numpy(), scaled(qa @ qb, step_a, step_b) * F32(0.3) + added)
+    y.sum().backward()
+    assert start.grad is not None and torch.equal(start.grad, torch.full((5, 5), 3 * beta))
+    plain = torch.baddbmm(start, a, b, beta=beta, alpha=0.3)
+    assert torch.equal(op.contraction.plain(a, b, start), plain)
+
+
 # attention
 
 
@@ -245,7 +263,9 @@ def test_attention_forms_agree_and_are_near_float64(kind: str, scale: float | No
     assert y.stride() == z.stride() and torch.equal(y, z) and y.isfinite().all()
     on_grid = [q(v).double() for q, v in zip(quants, x, strict=True)]
     other = mask.double() if mask is not None and mask.is_floating_point() else mask
-    wanted = Attention(causal=options.causal, gqa=options.gqa).plain(*on_grid, other, scale)
+    wanted = Attention(0.4, options.causal, options.gqa, live=True).plain(
+        tuple(on_grid), other, scale, training=False
+    )
     # the softmax lies on a grid of step 1/255: each of 6 weights is off by half a step at most
     torch.testing.assert_close(y.double(), wanted, rtol=0, atol=6 * 2.0 / 2 / 255)
     assert y.stride() == wanted.stride()

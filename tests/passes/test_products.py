@@ -86,6 +86,12 @@ def batched(self: Any, q: Any, k: Any, v: Any, mask: Any) -> torch.Tensor:
     return torch.bmm(weights, v).unflatten(0, (-1, 2))
 
 
+def batched_masked(self: Any, q: Any, k: Any, v: Any, mask: Any) -> torch.Tensor:
+    q, k, v = (t.flatten(0, 1) for t in (q, k, v))
+    weights = torch.baddbmm(self.table, q, k.mT, alpha=0.5).softmax(-1)
+    return torch.bmm(weights, v).unflatten(0, (-1, 2))
+
+
 def gram(self: Any, q: Any, k: Any, v: Any, mask: Any) -> torch.Tensor:
     q = q.relu()
     return torch.mm(q.flatten(0, 2).t(), q.flatten(0, 2)).sum(0) + v[..., :1]
@@ -102,6 +108,7 @@ FORWARDS: dict[Fn, tuple[int, list[bool]]] = {
     explicit_masked: (2, [True, True, False, True]),
     einsums: (2, [True, True, False, True]),
     batched: (2, [True, True, False, True]),
+    batched_masked: (2, [True, True, False, True]),
     gram: (1, [False, False]),
 }
 
@@ -195,6 +202,41 @@ def test_trains_from_a_cold_start(fn: Fn) -> None:
     assert apot_fx.check_parity(prepared, converted, [x]).ok
 
 
+class Block(nn.Module):
+    """torch's own attention, and what it gives once more with its weights."""
+
+    def __init__(self, dropout: float, mask: bool) -> None:
+        super().__init__()
+        self.one = nn.MultiheadAttention(8, 2, dropout, batch_first=True)
+        self.two = nn.MultiheadAttention(8, 2, batch_first=True)
+        self.mask = torch.ones(5, 5).triu(1).bool() if mask else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, _ = self.one(x, x, x, need_weights=False, attn_mask=self.mask)
+        z, weights = self.two(y, y, y, attn_mask=self.mask)
+        return z + weights.sum()
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+@pytest.mark.parametrize("mask", [False, True])
+def test_torchs_multihead_attention(dropout: float, mask: bool) -> None:
+    x = torch.randn(2, 5, 8)
+    model = seeded(lambda: Block(dropout, mask))
+    prepared = apot_fx.prepare_apot(model, OPTION, x)
+    apot_fx.calibrate(prepared, [x])
+    assert len(pair_ops(prepared)) == 3
+    assert torch.equal(prepared(x), prepared(x))
+    converted = apot_fx.convert_apot(prepared)
+    assert apot_fx.check_parity(prepared, converted, [x]).ok
+    prepared.train()
+    assert torch.equal(prepared(x), prepared(x)) is not bool(dropout)
+    prepared.apply(apot_fx.disable_fake_quant)
+    torch.manual_seed(3)
+    y = prepared(x)
+    torch.manual_seed(3)
+    assert torch.equal(y, model.train()(x))
+
+
 def test_dropout_in_attention_acts_in_train_alone() -> None:
     def forward(self: Any, q: Any, k: Any, v: Any, mask: Any) -> torch.Tensor:
         return functional.scaled_dot_product_attention(q, k, v, None, 0.5)
@@ -210,10 +252,10 @@ def test_dropout_in_attention_acts_in_train_alone() -> None:
 LEFT: list[tuple[Fn, str]] = [
     (lambda s, q, k, v, m: s.table @ v, "one operand is constant"),
     (
-        lambda s, q, k, v, m: torch.baddbmm(v[:, 0], q[:, 0], k[:, 0, :4]).unsqueeze(1).repeat(
-            1, 2, 1, 1
-        )[:, :, :, :4],
-        "only beta=0",
+        lambda s, q, k, v, m: torch.baddbmm(
+            v[:, 0], q[:, 0], k[:, 0, :4], alpha=q.size(0) * 0.5
+        ).unsqueeze(1),
+        "traced alpha",
     ),
     (lambda s, q, k, v, m: torch.einsum("...ij,...jk->...ik", q @ k.mT, v), "no ellipsis"),
     (lambda s, q, k, v, m: torch.einsum("bhid,bhjd,bhje->bhie", q, k, v), "3 operands"),
@@ -331,7 +373,7 @@ SWITCHED = [sdpa, explicit, einsums, causal]
 
 
 @pytest.mark.parametrize("fn", SWITCHED, ids=names(SWITCHED))
-def test_switches_and_export(fn: Fn) -> None:
+def test_switches_export_and_compile(fn: Fn) -> None:
     """Autocast and mkldnn change no bit of the integers; a stage exports."""
     prepared = calibrated(fn)
     converted = apot_fx.convert_apot(prepared)
@@ -342,6 +384,8 @@ def test_switches_and_export(fn: Fn) -> None:
     with torch.backends.mkldnn.flags(enabled=False):
         assert apot_fx.check_parity(prepared, converted, batches(fn)).ok
         assert torch.equal(converted(*x), expected)
+    compiled = torch.compile(converted, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(*x), expected)
     exported = torch.export.export(converted, x, strict=False).module()
     assert torch.equal(exported(*x), expected)
 
