@@ -124,6 +124,8 @@ def _module_kind(module: nn.Module) -> str:
 
 def _function_kind(stage: nn.Module, node: fx.Node) -> str:
     name = called_name(node)
+    if node.target is getattr:
+        return "move" if node.args[1] in ("T", "mT") else ""
     if not is_torch_call(node, name):
         return ""
     if name == "getitem":

@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from ..config import ActivationSpec, QConfigMapping
-from ..graph import argument, called_module, called_name, free_name, value_kind
+from ..graph import argument, called_module, called_name, free_name, set_submodule, value_kind
 from ..nn import Pool, PreparedAdd, PreparedOp, PreparedPool
 from .annotate import PLAN, LayerPlan
 from .base import Pass
@@ -43,28 +43,27 @@ class QuantizeResiduals(Pass):
             if node.meta.get("pinned") or node.meta.get("keep"):
                 continue
             if is_add(node):
-                _replace(stage, node, "apot_add", PreparedAdd(), (node.args[0], node.args[1]), spec)
+                both = (node.args[0], node.args[1])
+                name = free_name(stage, "apot_add")
+                put_operator(stage, node, name, PreparedAdd(), both, LayerPlan(None, spec))
                 report.change(node, f"add on {spec.describe()}")
                 continue
             pool = pool_of(stage, node)
             if pool is not None:
                 source = argument(node, 0, "input")
-                _replace(stage, node, "apot_pool", PreparedPool(pool), source, spec)
+                name, plan = free_name(stage, "apot_pool"), LayerPlan(None, spec)
+                put_operator(stage, node, name, PreparedPool(pool), source, plan)
                 report.change(node, f"average pool on {spec.describe()}")
 
 
-def _replace(
-    stage: StageModule,
-    node: fx.Node,
-    stem: str,
-    op: PreparedOp,
-    source: Any,
-    spec: ActivationSpec,
+def put_operator(
+    stage: StageModule, node: fx.Node, name: str, op: PreparedOp, source: Any, plan: LayerPlan
 ) -> None:
-    name = free_name(stage, stem)
-    stage.add_module(name, op.train(stage.training))
+    """Let a node call an operator on ``source``, a value or a tuple of them."""
+    before = called_module(stage, node)
+    set_submodule(stage, name, op.train((before or stage).training))
     node.op, node.target, node.args, node.kwargs = "call_module", name, (source,), {}
-    node.meta[PLAN] = LayerPlan(None, spec)
+    node.meta[PLAN] = plan
     set_info(node, layer=name)
 
 

@@ -16,9 +16,9 @@ from .index_ops import index_op, is_non_negative
 from .report import PassReport
 from .stage import StageModule, inputs_of
 
-#: ``node.meta`` key of a layer's call: number of its fake-quant.
-GROUP = "apot_group"
-#: ``node.meta`` key of a layer's call: whether the graph proves its input non-negative.
+#: ``node.meta`` key of a layer's call: number of each input's fake-quant.
+GROUPS = "apot_groups"
+#: ``node.meta`` key of a layer's call: whether the graph proves each input non-negative.
 UNSIGNED = "apot_unsigned"
 
 Root = tuple[fx.Node, ActivationSpec]
@@ -32,27 +32,28 @@ class Share(Pass):
 
     def run(self, stage: StageModule, report: PassReport) -> None:
         groups = _Groups()
-        edges: list[tuple[fx.Node, Root]] = []
+        edges: list[tuple[fx.Node, list[Root]]] = []
         for node in stage.graph.nodes:
             plan = plan_of(node)
             if plan is None or plan.activation is None:
                 continue
-            roots = [
-                (root, plan.activation)
-                for source in inputs_of(node)
-                for root in roots_of(stage, source)
-            ]
-            for root in roots:
-                groups.join(roots[0], root)
-            edges.append((node, roots[0]))
+            firsts: list[Root] = []
+            for source in inputs_of(node):
+                roots = [(root, plan.activation) for root in roots_of(stage, source)]
+                firsts.append(roots[0])
+                for root in roots:
+                    groups.join(firsts[-1 if plan.apart else 0], root)
+            edges.append((node, firsts))
         numbers: dict[Root, int] = {}
-        for node, root in edges:
-            group = groups.find(root)
-            node.meta[GROUP] = numbers.setdefault(group, len(numbers))
-            node.meta[UNSIGNED] = all(
-                is_non_negative(stage, member) for member, _ in groups.members(group)
+        for node, firsts in edges:
+            found = [groups.find(root) for root in firsts]
+            node.meta[GROUPS] = tuple(numbers.setdefault(group, len(numbers)) for group in found)
+            node.meta[UNSIGNED] = tuple(
+                all(is_non_negative(stage, member) for member, _ in groups.members(group))
+                for group in found
             )
-            report.change(node, f"reads activation_post_process_{node.meta[GROUP]}")
+            names = (f"activation_post_process_{n}" for n in dict.fromkeys(node.meta[GROUPS]))
+            report.change(node, f"reads {', '.join(names)}")
 
 
 def roots_of(stage: StageModule, node: fx.Node) -> list[fx.Node]:

@@ -28,6 +28,7 @@ from ..nn import (
 )
 from ..passes import convert_passes, keep_passes, run_passes
 from ..passes.functional_layers import computed_operands
+from ..passes.stage import grids_of
 from ..passes.tree import joined, stage_info, stages, standalone
 from .tied import share_packed, shared_fake_quants
 
@@ -118,13 +119,14 @@ def _input_quants(prepared: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]
     for path, stage in stages(prepared).items():
         for node in stage.graph.nodes:
             layer = called_module(stage, node)
-            if not isinstance(layer, PreparedOp) or layer.standalone or len(node.args) < 2:
+            if not isinstance(layer, PreparedOp) or layer.standalone:
                 continue
-            if node.args[1] is not None:
-                name = str(node.args[1].target)
-                quant = stage.get_submodule(name)
+            own = joined(path, str(node.target))
+            for module in (module for _, module in grids_of(node) if module is not None):
+                quant = stage.get_submodule(str(module.target))
                 assert isinstance(quant, FakeQuantize)
-                yield joined(path, str(node.target)), joined(path, name), quant
+                yield own, joined(path, str(module.target)), quant
+            yield from ((own, name, quant) for name, quant in input_fake_quants(layer).items())
     for path, op in standalone(prepared).items():
         assert isinstance(op, PreparedOp)
         if isinstance(op, PreparedWeighted) and op.read_at:
