@@ -8,7 +8,7 @@ With ``--json``, rows of models that are not run now are kept.
 Columns: leaves: parts left in Python; calls: share of the executed calls (torch functions and leaf
 nn modules of one eager float run) that stand in a graph; macs: share of the multiply-adds of Linear
 and convolutions that quantized layers do, both counted in a float run; edges: layer-to-layer edges
-carried as indices with residual adds and pools on indices too; bits: differing bits of converted
+carried as indices with residual adds, pools and products on indices too; bits: differing bits of converted
 against prepared. Models whose output ignores their input say so and do not count.
 """
 
@@ -35,9 +35,9 @@ from apot_fx.table import Table
 
 COLUMNS = ("model", "leaves", "calls", "macs", "edges", "bits", "prepare s", "all s", "problem")
 
-#: Residual adds and average pools on 8-bit indices, for the edges.
+#: Residual adds, average pools and products of activations on 8-bit indices, for the edges.
 _INTEGER = apot_fx.QConfigMapping.from_preset("w4a4").set_global(
-    apot_fx.QConfig(apot_fx.WeightSpec(4), apot_fx.ActivationSpec(4, residual=8))
+    apot_fx.QConfig(apot_fx.WeightSpec(4), apot_fx.ActivationSpec(4, residual=8, products=8))
 )
 
 

@@ -43,6 +43,9 @@ class QuantizeResiduals(Pass):
             if node.meta.get("pinned") or node.meta.get("keep"):
                 continue
             if is_add(node):
+                if _feeds_softmax(stage, node):
+                    report.leave(node, "a softmax reads it: one operand is a mask, maybe of -inf")
+                    continue
                 both = (node.args[0], node.args[1])
                 name = free_name(stage, "apot_add")
                 put_operator(stage, node, name, PreparedAdd(), both, LayerPlan(None, spec))
@@ -74,6 +77,13 @@ def is_add(node: fx.Node) -> bool:
     operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
     tensors = [arg for arg in operands if value_kind(arg) == "tensor"]
     return len(tensors) == 2 and any(arg.op != "get_attr" for arg in tensors)
+
+
+def _feeds_softmax(stage: nn.Module, node: fx.Node) -> bool:
+    modules = [called_module(stage, user) for user in node.users]
+    return any(isinstance(module, (nn.Softmax, nn.LogSoftmax)) for module in modules) or any(
+        called_name(user) in ("softmax", "log_softmax", "_softmax") for user in node.users
+    )
 
 
 def pool_of(stage: nn.Module, node: fx.Node) -> Pool | None:
