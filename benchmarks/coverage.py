@@ -8,8 +8,8 @@ With ``--json``, rows of models that are not run now are kept.
 Columns: leaves: parts left in Python; calls: share of the executed calls (torch functions and leaf
 nn modules of one eager float run) that stand in a graph; macs: share of the multiply-adds of Linear
 and convolutions that quantized layers do, both counted in a float run; edges: layer-to-layer edges
-carried as indices with residual adds, pools and products on indices too; bits: differing bits of converted
-against prepared. Models whose output ignores their input say so and do not count.
+carried as indices where residual adds, pools and products are on indices too; bits: differing bits
+of converted against prepared. Models whose output ignores their input say so and do not count.
 """
 
 from __future__ import annotations

@@ -252,19 +252,14 @@ _KEEPS_SIGN = frozenset(
 )
 
 
-def is_non_negative(stage: nn.Module, node: fx.Node) -> bool:
-    """Whether the graph proves that a value has no negative element."""
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        sources = _sources_of_sign(stage, current)
-        if sources is None:
-            return False
-        pending.extend(sources)
-    return True
+def non_negative(stage: fx.GraphModule) -> set[fx.Node]:
+    """Nodes whose value, as the graph proves, has no negative element."""
+    found: set[fx.Node] = set()
+    for node in stage.graph.nodes:
+        sources = _sources_of_sign(stage, node)
+        if sources is not None and found.issuperset(sources):
+            found.add(node)
+    return found
 
 
 def _sources_of_sign(stage: nn.Module, node: fx.Node) -> tuple[fx.Node, ...] | None:

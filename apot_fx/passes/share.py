@@ -12,7 +12,7 @@ from ..config import ActivationSpec
 from .annotate import plan_of
 from .base import Pass
 from .functionalize import is_functional
-from .index_ops import index_op, is_non_negative
+from .index_ops import index_op, non_negative
 from .report import PassReport
 from .stage import StageModule, inputs_of
 
@@ -44,13 +44,13 @@ class Share(Pass):
                 for root in roots:
                     groups.join(firsts[-1 if plan.apart else 0], root)
             edges.append((node, firsts))
+        positive, members = non_negative(stage), groups.members()
         numbers: dict[Root, int] = {}
         for node, firsts in edges:
             found = [groups.find(root) for root in firsts]
             node.meta[GROUPS] = tuple(numbers.setdefault(group, len(numbers)) for group in found)
             node.meta[UNSIGNED] = tuple(
-                all(is_non_negative(stage, member) for member, _ in groups.members(group))
-                for group in found
+                all(member in positive for member, _ in members[group]) for group in found
             )
             names = (f"activation_post_process_{n}" for n in dict.fromkeys(node.meta[GROUPS]))
             report.change(node, f"reads {', '.join(names)}")
@@ -88,5 +88,9 @@ class _Groups:
     def join(self, first: Root, second: Root) -> None:
         self._parent[self.find(second)] = self.find(first)
 
-    def members(self, group: Root) -> list[Root]:
-        return [root for root in self._parent if self.find(root) == group]
+    def members(self) -> dict[Root, list[Root]]:
+        """All roots, by their group."""
+        found: dict[Root, list[Root]] = {}
+        for root in self._parent:
+            found.setdefault(self.find(root), []).append(root)
+        return found

@@ -67,6 +67,7 @@ class StageInfo:
     origin: type[nn.Module]  # the user's class
     reports: list[PassReport] = dataclasses.field(default_factory=list)
     opaque: dict[str, str] = dataclasses.field(default_factory=dict)  # untraced module → why
+    ids: int = 0  # how many provenance ids its nodes have been given
     work: Work | None = None  # of calibrate's first batch
     forward: Forward | None = None  # how calibrate ran a batch; not pickled
 
@@ -106,9 +107,11 @@ def as_tuple(value: Any) -> tuple[Any, ...]:
 
 
 def next_id(graph: fx.Graph) -> int:
-    """A provenance id that no node of the graph has."""
-    used = (info(node).id for node in graph.nodes)
-    return max((number for number in used if number is not None), default=-1) + 1
+    """A provenance id that no node of a stage's graph has had."""
+    stage = graph.owning_module
+    assert isinstance(stage, StageModule)
+    stage.apot.ids += 1
+    return stage.apot.ids - 1
 
 
 #: Ends of the names under which nn.Module keeps hooks: the user's travel along.

@@ -151,6 +151,7 @@ def _as_stage(
             node.meta[KIND] = _kind(tracer.values[node])
     stage = StageModule(model, graph, "traced")
     stage.apot.opaque.update(attempts.modules)
+    stage.apot.ids = len(graph.nodes)
     report = PassReport("trace")
     for name, why in attempts.modules.items():
         report.leave(name, why)

@@ -32,6 +32,8 @@ from ..passes.stage import grids_of
 from ..passes.tree import joined, stage_info, stages, standalone
 from .tied import share_packed, shared_fake_quants
 
+#: So many layers are named by one error.
+_NAMED = 8
 BACKENDS = ("auto", "reference")
 
 
@@ -142,10 +144,12 @@ def _check_calibrated(prepared: nn.Module) -> None:
             seen = "was observed but not frozen" if quant.seen else "never ran"
             waiting.append(f"{layer} (its {name} {seen})")
     if waiting:
+        more = f" and {len(waiting) - _NAMED} more" if len(waiting) > _NAMED else ""
         raise CalibrationError(
-            f"convert_apot: still observing: {', '.join(waiting)}; run apot_fx.calibrate(prepared, "
-            "batches), or apot_fx.freeze(prepared) after a loop of your own; a layer that never "
-            "runs stays float with QConfigMapping.set_module_name(layer, None)"
+            f"convert_apot: still observing: {', '.join(waiting[:_NAMED])}{more}; run "
+            "apot_fx.calibrate(prepared, batches), or apot_fx.freeze(prepared) after a loop of "
+            "your own; a layer that never runs stays float with "
+            "QConfigMapping.set_module_name(layer, None)"
         )
 
 
