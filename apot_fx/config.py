@@ -164,8 +164,8 @@ class ActivationSpec(_LevelFamily):
         signed: True or False fixes it; None leaves it to the graph (relu is unsigned) and to
             calibration, and both level sets must exist. Own levels and fp4 decide it themselves.
         observer: "moving_average", "minmax", "percentile" or "mse".
-        residual: None leaves residual adds and average pools in float; 2 to 8 puts them on
-            uniform indices of that many bits.
+        residual: None leaves residual adds, average pools and batch norms that no layer takes in
+            in float; 2 to 8 puts them on uniform indices of that many bits.
         products: None leaves products of two activations (matmul, einsum, attention) in float; 2
             to 8 puts both operands on uniform indices of that many bits, as residual does.
 

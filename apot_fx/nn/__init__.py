@@ -24,6 +24,7 @@ from .convolution import ConvProduct, TransposedProduct
 from .dot_attention import Attention, ConvertedAttention, PreparedAttention
 from .embedding import EMBEDDINGS, ConvertedEmbedding, PreparedEmbedding, PreparedEmbeddingBag
 from .layers import CONV1D, PREPARED, TRANSPOSED, can_fold, is_conv1d, prepared_type
+from .norm import ConvertedNorm, PreparedNorm
 from .op import ConvertedOp, PreparedOp
 from .pool import ConvertedPool, Pool, PreparedPool
 from .prepared import FunctionalLayer, PreparedFunctional, PreparedLayer
@@ -48,6 +49,7 @@ CONVERTED: tuple[tuple[type[PreparedOp], type[ConvertedOp]], ...] = (
     (PreparedLayer, ConvertedLayer),
     (PreparedAdd, ConvertedAdd),
     (PreparedPool, ConvertedPool),
+    (PreparedNorm, ConvertedNorm),
     (PreparedProduct, ConvertedProduct),
     (PreparedAttention, ConvertedAttention),
 )
@@ -68,6 +70,7 @@ __all__ = [
     "ConvertedAttention",
     "ConvertedEmbedding",
     "ConvertedLayer",
+    "ConvertedNorm",
     "ConvertedOp",
     "ConvertedPairOp",
     "ConvertedPool",
@@ -84,6 +87,7 @@ __all__ = [
     "PreparedEmbeddingBag",
     "PreparedFunctional",
     "PreparedLayer",
+    "PreparedNorm",
     "PreparedOp",
     "PreparedPairOp",
     "PreparedPool",

@@ -10,6 +10,7 @@ annotate               every layer gets a plan or a reason (the only place of po
 residual               adds and average pools become operators, where the config says so
 products               products of two activations become operators, where the config says so
 fold                   a layer and the batch norm that alone reads it become one call
+norms                  batch norms that stayed apart become operators, where the config says so
 share                  which quantized edges use one fake-quant
 insert                 fake-quants on the edges, layers in their prepared form
 hoist                  fake-quants move up over index ops
@@ -40,6 +41,7 @@ from .hoist import Hoist
 from .insert import Insert
 from .keep_weights import KeepWeights
 from .normalize import Normalize
+from .norms import QuantizeNorms
 from .products import QuantizeProducts
 from .residual import QuantizeResiduals
 from .share import Share
@@ -69,6 +71,7 @@ def prepare_passes(
         QuantizeResiduals(mapping),
         QuantizeProducts(mapping),
         FoldBatchNorm(),
+        QuantizeNorms(mapping),
         Share(),
         Insert(path),
         Hoist(),

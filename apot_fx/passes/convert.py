@@ -350,4 +350,9 @@ def _remove_leftovers(stage: StageModule, norms: set[str]) -> None:
         folded = name in norms and id(module) not in referenced
         if isinstance(module, FakeQuantize) or folded:
             parent, _, leaf = name.rpartition(".")
-            del stage.get_submodule(parent)._modules[leaf]
+            siblings = stage.get_submodule(parent)._modules
+            if module._modules and not isinstance(module, FakeQuantize):
+                siblings[leaf] = holder = nn.Module()  # an activation of its own, say
+                holder._modules.update(module._modules)
+            else:
+                del siblings[leaf]

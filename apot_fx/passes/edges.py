@@ -17,8 +17,10 @@ from ..graph import called_module, called_name
 from ..nn import (
     EMBEDDINGS,
     ConvertedEmbedding,
+    ConvertedNorm,
     ConvertedOp,
     FunctionalLayer,
+    PreparedNorm,
     PreparedOp,
     Quantize,
     is_standalone_type,
@@ -62,10 +64,15 @@ def _edges_from(stage: StageModule, value: fx.Node) -> Iterator[bool]:
         on_grid = on_grid or bool(info(current).quantizer)
         if isinstance(module, (FakeQuantize, Quantize)):
             pending.append((_first(current), carried, True))
+        elif isinstance(module, (PreparedNorm, ConvertedNorm)):  # indices in, indices out
+            pending.append((_first(current), carried and on_grid, on_grid))
         elif current.target is operator.getitem and isinstance(
-            called_module(stage, _first(current)), ConvertedOp
+            source := called_module(stage, _first(current)), ConvertedOp
         ):
-            yield carried and bool(info(current).quantizer)
+            if isinstance(source, ConvertedNorm):
+                pending.append((_first(current), carried, bool(info(current).quantizer)))
+            else:
+                yield carried and bool(info(current).quantizer)
         elif _is_end(stage, current):
             computes = isinstance(module, (PreparedOp, ConvertedOp)) and not module.standalone
             yield carried and on_grid and (computes or called_name(current) in JOINS)
@@ -86,6 +93,8 @@ def _first(node: fx.Node) -> fx.Node:
 
 def _is_end(stage: StageModule, node: fx.Node) -> bool:
     module = called_module(stage, node)
+    if isinstance(module, (PreparedNorm, ConvertedNorm)):
+        return False
     if module is not None:
         if isinstance(module, (*EMBEDDINGS, ConvertedEmbedding)):
             return False  # nothing is multiplied

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as functional
 from torch import fx, nn
 
-from ..graph import free_name, set_submodule
+from ..graph import free_name, set_submodule, substitute
 from ..nn import attend
+from ..nn.fold import BATCH_NORMS
 from .base import Pass
 from .functionalize import is_functional
 from .report import PassReport
@@ -79,6 +80,10 @@ class Normalize(Pass):
 
     def run(self, stage: StageModule, report: PassReport) -> None:
         for node in list(stage.graph.nodes):
+            if node.target is functional.batch_norm and _became_its_owner(stage, node):
+                report.change(node, f"{node.target}: functional batch norm is that module's")
+                node.meta.pop(TRAINING_OF, None)
+                continue
             owner = node.meta.pop(TRAINING_OF, None)
             if owner is None:
                 continue
@@ -93,6 +98,39 @@ class Normalize(Pass):
                 report.change(node, f"{owner or 'root'}: attention with dropout became a module")
             else:
                 report.leave(node, "self.training fixed at the value it had while tracing")
+
+
+def _became_its_owner(stage: StageModule, node: fx.Node) -> bool:
+    """Whether the call could become one of the batch norm whose tensors it reads.
+
+    Subclasses that do more in their forward (timm's add the activation) have been traced into; what
+    is left of theirs is torch's batch norm, live again, and it may be folded.
+    """
+    bound = _bind(node)
+    keys = ("running_mean", "running_var", "weight", "bias")
+    tensors = {key: bound[key] for key in keys if bound[key] is not None}
+    paths = {
+        str(value.target).rpartition(".")[0] if isinstance(value, fx.Node) else None
+        for value in tensors.values()
+    }
+    path = paths.pop() if len(paths) == 1 else None
+    owner = stage.get_submodule(path) if path else None
+    kind = next((k for k in BATCH_NORMS if isinstance(owner, k)), None)
+    if kind is None or not isinstance(owner, kind) or int(bound["training"]):
+        return False
+    own = all(getattr(value, "target", "") == f"{path}.{key}" for key, value in tensors.items())
+    same = bound["eps"] == owner.eps and bound["momentum"] in (owner.momentum, 0.0)
+    used = any(n.op == "call_module" and n.target == path for n in stage.graph.nodes)
+    complete = all((key in tensors) == (getattr(owner, key) is not None) for key in keys)
+    if not (own and same and complete) or (used and type(owner) is not kind):
+        return False
+    if type(owner) is not kind:
+        norm = kind.__new__(kind)
+        norm.__dict__.update(owner.__dict__)
+        substitute([stage], {id(owner): norm})
+    assert path is not None
+    node.op, node.target, node.args, node.kwargs = "call_module", path, (bound["input"],), {}
+    return True
 
 
 def _dropout(stage: StageModule, node: fx.Node, owner: str) -> None:

@@ -34,8 +34,7 @@ class QuantizeResiduals(Pass):
     requires = (is_functional,)
 
     def run(self, stage: StageModule, report: PassReport) -> None:
-        chosen = self.mapping.global_config
-        bits = chosen.activation.residual if chosen and chosen.activation else None
+        bits = residual_bits(self.mapping)
         if bits is None:
             return
         spec = ActivationSpec(bits, kind="uniform")
@@ -57,6 +56,12 @@ class QuantizeResiduals(Pass):
                 name, plan = free_name(stage, "apot_pool"), LayerPlan(None, spec)
                 put_operator(stage, node, name, PreparedPool(pool), source, plan)
                 report.change(node, f"average pool on {spec.describe()}")
+
+
+def residual_bits(mapping: QConfigMapping) -> int | None:
+    """On how many bits the global choice puts what lies between layers; None for float."""
+    chosen = mapping.global_config
+    return chosen.activation.residual if chosen and chosen.activation else None
 
 
 def put_operator(

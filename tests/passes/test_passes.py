@@ -16,6 +16,7 @@ from apot_fx.errors import GrammarError, TraceError
 from apot_fx.nn import ConvertedOp, PreparedAdd, PreparedPool, Quantize
 from apot_fx.passes import prepare_passes, run_passes
 from apot_fx.passes.annotate import Annotate, plan_of
+from apot_fx.passes.edges import index_edges
 from apot_fx.passes.fold import FoldBatchNorm
 from apot_fx.passes.functionalize import Functionalize
 from apot_fx.passes.grammar import is_converted, is_hoisted, is_prepared
@@ -409,11 +410,15 @@ def test_residual_adds_and_pools_on_indices() -> None:
     assert sum(isinstance(m, ConvertedOp) for m in converted.modules()) == 6
 
 
-def test_batch_norm_behind_a_residual_add_stays() -> None:
+def test_batch_norm_behind_a_residual_add_runs_on_indices() -> None:
     def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
         return self.b(self.norm(self.a(x) + x))
 
     config = QConfig(WeightSpec(4), ActivationSpec(4, residual=8))
     stage = prepared(forward, config)
-    assert calls(stage, "norm") == ["norm"]
-    assert apot_fx.check_parity(stage, apot_fx.convert_apot(stage), [torch.randn(2, 4, 6, 6)]).ok
+    assert any(node.target == "apot_norm_0" for node in stage.graph.nodes)
+    assert "norm.running_mean" in stage.state_dict()
+    converted = apot_fx.convert_apot(stage)
+    verdict = apot_fx.check_parity(stage, converted, [torch.randn(2, 4, 6, 6)])
+    assert verdict.ok
+    assert index_edges(stage) == (2, 2)
