@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 from . import parity, pipeline, views
@@ -93,7 +94,8 @@ def prepare_apot(
     >>> type(prepared.activation_post_process_0).__name__
     'FakeQuantize'
     """
-    return pipeline.prepare(model, config, example_inputs, inplace)
+    with torch.inference_mode(False):  # what is made here must be able to learn
+        return pipeline.prepare(model, config, example_inputs, inplace)
 
 
 def calibrate(
@@ -179,7 +181,8 @@ def convert_apot(
         prepared: what ``prepare_apot`` gave, calibrated or trained; changed only if ``inplace``.
         backend: who computes: ``"reference"`` (plain torch); ``"auto"`` takes the fastest there is.
         low_memory: decode weights in every forward instead of keeping them decoded.
-        inplace: take modules over; every float weight is freed as it is packed.
+        inplace: take modules over; every float weight is freed as it is packed, also from modules
+            that you still hold.
 
     Raises:
         CalibrationError: a fake-quant still observes, or a layer never ran (all are named).
@@ -196,7 +199,8 @@ def convert_apot(
     True
     """
     stage = require_stage(prepared, "prepared", "convert_apot")
-    return pipeline.convert(stage, backend, low_memory, inplace)
+    with torch.inference_mode(False):
+        return pipeline.convert(stage, backend, low_memory, inplace)
 
 
 def check_parity(

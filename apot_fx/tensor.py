@@ -130,9 +130,11 @@ class ApotTensor(nn.Module):
         """The integer levels as float32. Decoded once and kept; treat as read-only."""
         if torch.compiler.is_compiling() or not self.keep_decoded:
             return self._decode()
-        key = (self.packed.data_ptr(), self.packed._version, self.packed.device)
+        version = None if self.packed.is_inference() else self.packed._version
+        key = (self.packed.data_ptr(), version, self.packed.device)
         if self._levels is None or self._levels[0] != key:
-            self._levels = (key, self._decode())
+            with torch.inference_mode(False):  # what is kept must serve under autograd, too
+                self._levels = (key, self._decode())
         return self._levels[1]
 
     def _decode(self) -> torch.Tensor:

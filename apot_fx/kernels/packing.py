@@ -9,6 +9,9 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as functional
 
+#: Blocks of eight indices that are worked on at a time: temporaries take 4 bytes an index.
+_BLOCKS = 2**16
+
 
 def _overlaps(bits: int) -> list[tuple[int, int, int]]:
     """``(index, byte, shift)`` of a block: where index and byte share bits.
@@ -31,8 +34,14 @@ def pack(index: torch.Tensor, bits: int) -> torch.Tensor:
     """Pack indices, in their logical order, into ``ceil(numel · bits / 8)`` bytes (uint8)."""
     flat = index.reshape(-1)
     blocks = functional.pad(flat, (0, -flat.numel() % 8)).reshape(-1, 8)
-    columns = [blocks[:, place].to(torch.int32) for place in range(8)]
     out = torch.empty(len(blocks), bits, dtype=torch.uint8, device=index.device)
+    for part, place in zip(blocks.split(_BLOCKS), out.split(_BLOCKS), strict=True):
+        _pack_blocks(part, bits, place)
+    return _first(out, packed_size(flat.numel(), bits))
+
+
+def _pack_blocks(blocks: torch.Tensor, bits: int, out: torch.Tensor) -> None:
+    columns = [blocks[:, place].to(torch.int32) for place in range(8)]
     for byte in range(bits):
         parts = [
             columns[i] << shift if shift >= 0 else columns[i] >> -shift
@@ -43,7 +52,6 @@ def pack(index: torch.Tensor, bits: int) -> torch.Tensor:
         for part in parts[1:]:
             total = total | part
         out[:, byte] = (total & 255).to(torch.uint8)
-    return out.reshape(-1)[: packed_size(flat.numel(), bits)].clone()
 
 
 def unpack(packed: torch.Tensor, bits: int, shape: list[int]) -> torch.Tensor:
@@ -53,8 +61,14 @@ def unpack(packed: torch.Tensor, bits: int, shape: list[int]) -> torch.Tensor:
         count *= size
     dtype = torch.uint8 if bits <= 8 else torch.int16
     blocks = functional.pad(packed, (0, -packed.numel() % bits)).reshape(-1, bits)
-    columns = [blocks[:, byte].to(torch.int32) for byte in range(bits)]
     out = torch.empty(len(blocks), 8, dtype=dtype, device=packed.device)
+    for part, place in zip(blocks.split(_BLOCKS), out.split(_BLOCKS), strict=True):
+        _unpack_blocks(part, bits, place)
+    return _first(out, count).reshape(shape)
+
+
+def _unpack_blocks(blocks: torch.Tensor, bits: int, out: torch.Tensor) -> None:
+    columns = [blocks[:, byte].to(torch.int32) for byte in range(bits)]
     for index in range(8):
         parts = [
             columns[byte] >> shift if shift >= 0 else columns[byte] << -shift
@@ -64,5 +78,10 @@ def unpack(packed: torch.Tensor, bits: int, shape: list[int]) -> torch.Tensor:
         total = parts[0]
         for part in parts[1:]:
             total = total | part
-        out[:, index] = (total & (2**bits - 1)).to(dtype)
-    return out.reshape(-1)[:count].reshape(shape).clone()
+        out[:, index] = (total & (2**bits - 1)).to(dtype=out.dtype)
+
+
+def _first(out: torch.Tensor, count: int) -> torch.Tensor:
+    """The first values of a fresh tensor, in memory of just their size."""
+    flat = out.reshape(-1)
+    return flat if flat.numel() == count else flat[:count].clone()

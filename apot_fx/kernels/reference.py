@@ -133,6 +133,8 @@ def quantize(
     group_size: int | None = None,
 ) -> torch.Tensor:
     """Indices (contract 4.1); NaN gives the zero level's, ±inf clips."""
+    if axis == 0 and x.device.type == "cpu" and x.numel() > 2 * _PART and len(x) > 1:
+        return _quantize_rows(x, alpha, spec, group_size)
     levels, half = LevelSet.parse(spec), half_units(x, alpha, spec, axis, group_size)
     if levels.unit > TABLE_UNIT:
         thresholds = torch.tensor(levels.thresholds, dtype=torch.float64, device=x.device)
@@ -140,6 +142,18 @@ def quantize(
         return torch.empty_like(x, dtype=index_dtype(spec)).copy_(found)
     place = (half - 2 * levels.q_min).to(torch.int32)
     return look_up(index_table(spec, x.device), place, x)
+
+
+def _quantize_rows(
+    x: torch.Tensor, alpha: torch.Tensor, spec: str, group_size: int | None
+) -> torch.Tensor:
+    """Some rows at a time: a weight's temporaries would take several times its own memory."""
+    out = torch.empty_like(x, dtype=index_dtype(spec))
+    rows = max(1, _PART // max(1, x.numel() // len(x)))
+    parts = zip(x.split(rows), alpha.split(rows), out.split(rows), strict=True)
+    for part, clip, place in parts:
+        place.copy_(quantize(part, clip, spec, 0, group_size))
+    return out
 
 
 def to_level(index: torch.Tensor, spec: str, dtype: torch.dtype) -> torch.Tensor:

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..errors import TensorError
 from ..fake_quant import FakeQuantize
-from ..tensor import keep_float32
 from .op import ConvertedOp, PreparedOp, with_gradient_of
 from .products import EXACT_SUM
 
@@ -182,9 +181,6 @@ class ConvertedPairOp(ConvertedOp):
     def check_state(self, state: Mapping[str, Any]) -> None:
         if "s" in state and not (torch.isfinite(state["s"]).all() and (state["s"] > 0).all()):
             raise TensorError("s: holds NaN, inf or no positive scale; the file is damaged")
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        return super()._apply(keep_float32(fn), recurse)
 
 
 class ConvertedProduct(ConvertedPairOp):

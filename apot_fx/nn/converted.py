@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,6 @@ from torch import nn
 
 from ..errors import TensorError
 from ..fake_quant import FakeQuantize
-from ..tensor import keep_float32
 from .convolution import TransposedProduct
 from .fold import scale_and_bias
 from .prepared import PreparedLayer
@@ -87,6 +86,3 @@ class ConvertedLayer(ConvertedWeighted):
             value = state.get(key)
             if value is not None and not torch.isfinite(value).all():
                 raise TensorError(f"{key}: holds NaN or inf; the file is damaged")
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        return super()._apply(keep_float32(fn), recurse)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..tensor import keep_float32
 from .quantize import emit
 
 
@@ -27,6 +29,12 @@ class PreparedOp(nn.Module):
         """What it computes, for people."""
         return type(self).__name__
 
+    def release(self) -> None:
+        """Let go of float weights that are packed now: the user may still hold this module, or the
+        float layer, whose registry this is."""
+        self._parameters.clear()
+        self.__dict__.get("_flat_weights", []).clear()  # torch's recurrent layers' own list
+
 
 class ConvertedOp(nn.Module):
     """The same on indices; called as ``op(x, *readers)``, readers as :func:`emit` takes them.
@@ -41,6 +49,8 @@ class ConvertedOp(nn.Module):
     kind: str  # what it computes, for people
     #: Level set of the input's indices, "" where the input is float; of a tuple's, one for each.
     input_spec: str | tuple[str, ...]
+    #: Of the float result, where the operator itself decides it.
+    output_dtype: torch.dtype
 
     @abc.abstractmethod
     def compute(self, input: Any, *args: Any, **operands: Any) -> torch.Tensor:
@@ -51,6 +61,14 @@ class ConvertedOp(nn.Module):
             return self.compute(*args, **kwargs)
         x, *readers = args
         return emit(self.compute(x, **kwargs), tuple(readers))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        """Scales stay float32; the result's dtype follows the model's."""
+        for child in self.children() if recurse else ():
+            child._apply(fn)
+        if "output_dtype" in self.__dict__:
+            self.output_dtype = fn(torch.empty(0, dtype=self.output_dtype)).dtype
+        return super()._apply(keep_float32(fn), recurse=False)
 
 
 def with_gradient_of(value: torch.Tensor, surrogate: torch.Tensor) -> torch.Tensor:

@@ -20,7 +20,7 @@ from ..collectives import largest_of_ranks
 from ..config import QConfig
 from ..errors import TensorError
 from ..fake_quant import EXACT_UNIT, FakeQuantize
-from ..tensor import ApotTensor, keep_float32
+from ..tensor import ApotTensor
 from .fold import scale_and_bias
 from .op import ConvertedOp, PreparedOp, with_gradient_of
 from .products import EXACT_SUM, LinearProduct, largest_sum
@@ -28,7 +28,7 @@ from .quantize import Quantize
 from .recurrence import Products, Recurrence, Steps
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)  # torch.compile hashes one half made
 class IntegerProduct:
     """``x @ wᵀ`` on levels (contract 4.6, 4.7); without a ``grid`` of float ``x`` (4.8)."""
 
@@ -343,9 +343,6 @@ class ConvertedRecurrent(ConvertedOp):
         for key, value in state.items():
             if key in self._buffers and not torch.isfinite(value).all():
                 raise TensorError(f"{key}: holds NaN or inf; the file is damaged")
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        return super()._apply(keep_float32(fn), recurse)
 
     def extra_repr(self) -> str:
         inputs = "integer" if "quantize_" in "".join(self._modules) else "float"

@@ -83,12 +83,14 @@ def keep_passes() -> tuple[Pass, ...]:
     return (KeepWeights(),)
 
 
-def convert_passes(low_memory: bool = False) -> tuple[Pass, ...]:
-    """From a prepared stage in eval mode to a converted one."""
+def convert_passes(
+    low_memory: bool = False, shared: frozenset[int] = frozenset()
+) -> tuple[Pass, ...]:
+    """From a prepared stage in eval mode to a converted one; ``shared``: as of ConvertLayers."""
     return (
         SplitBatchNorm(),
         DropDropout(),
         Hoist(),
         ConvertActivations(),
-        ConvertLayers(low_memory),
+        ConvertLayers(low_memory, shared),
     )

@@ -141,9 +141,13 @@ class _Emission:
 
 @dataclasses.dataclass(frozen=True)
 class ConvertLayers(Pass):
-    """Prepared layers become converted ones that give every reader what it wants."""
+    """Prepared layers become converted ones that give every reader what it wants.
+
+    ``shared``: layers (by ``id``) that other stages call too; they keep their float weights.
+    """
 
     low_memory: bool = False
+    shared: frozenset[int] = frozenset()
 
     name = "convert_layers"
     ensures = (is_converted,)
@@ -157,6 +161,7 @@ class ConvertLayers(Pass):
         # Listed first: converting one call of a shared layer replaces it under its name.
         calls = [(node, called_module(stage, node)) for node in stage.graph.nodes]
         operands = _Operands(stage, [layer for _, layer in calls])
+        left = Counter(id(layer) for _, layer in calls)
         for node, layer in calls:
             if not isinstance(layer, PreparedOp) or layer.standalone:
                 continue
@@ -169,6 +174,9 @@ class ConvertLayers(Pass):
                     module.weight.keep_decoded = not self.low_memory
                 converted[key] = _register(stage, module, str(node.target), aliases[id(layer)])
                 report.change(converted[key], f"became a {type(module).__name__}")
+            left[id(layer)] -= 1
+            if not left[id(layer)] and id(layer) not in self.shared:
+                layer.release()
             if norm:
                 norms.add(norm)
             name = str(node.target)

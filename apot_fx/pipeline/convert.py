@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -51,14 +52,25 @@ def convert(prepared: nn.Module, backend: str, low_memory: bool, inplace: bool) 
     for stage in stages(model).values():
         run_passes(stage, keep_passes())
     _convert_standalone(model, low_memory)
+    shared = _called_by_several(model)
     for stage in reversed(stages(model).values()):  # inner ones first
-        run_passes(stage, convert_passes(low_memory))
+        run_passes(stage, convert_passes(low_memory, shared))
         stage.apot.kind = "converted"
     known = stage_info(model)
     assert known is not None
     known.kind = "converted"
     share_packed(model, tied)
     return model
+
+
+def _called_by_several(model: nn.Module) -> frozenset[int]:
+    """Modules, by ``id``, that more than one stage calls."""
+    calls = Counter(
+        called
+        for stage in stages(model).values()
+        for called in {id(called_module(stage, node)) for node in stage.graph.nodes}
+    )
+    return frozenset(called for called, count in calls.items() if count > 1)
 
 
 def _convert_standalone(model: nn.Module, low_memory: bool) -> None:
@@ -70,6 +82,7 @@ def _convert_standalone(model: nn.Module, low_memory: bool) -> None:
             converted = layer.in_float()
         else:
             converted = convert_standalone(layer, low_memory)
+            layer.release()
         keep_children(layer, converted)
         for alias in aliases[id(layer)]:
             set_submodule(model, alias, converted)
