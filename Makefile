@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt
+# Two processes with a thread each: what two cores do fastest.
+TESTS := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --durations=20 -q
 SETUP := pyproject.toml constraints.txt
 
 .PHONY: demo test test-slow check docs bench clean
@@ -10,10 +12,10 @@ demo: .venv/.demo
 	$(BIN)/apot-fx demo
 
 test: .venv/.dev
-	$(BIN)/python -m pytest -m "not slow" --durations=20 -q
+	$(TESTS) -m "not slow"
 
 test-slow: .venv/.zoo
-	$(BIN)/python -m pytest -m slow --durations=20 -q
+	$(TESTS) -m slow
 
 check: .venv/.dev
 	$(BIN)/ruff check .

@@ -13,6 +13,9 @@ from torch import fx, nn
 #: ``node.meta`` key: the kind of value seen while tracing, as :func:`value_kind` names it.
 KIND = "apot_kind"
 
+#: ``node.meta`` key: whether a value of kind "other" (a dict, an object) holds tensors.
+HOLDS = "apot_holds_tensors"
+
 #: Calls that read a tensor's metadata, never its values.
 METADATA_METHODS = frozenset({"size", "dim", "ndimension", "numel", "nelement", "stride"})
 METADATA_ATTRIBUTES = frozenset({"shape", "ndim", "device"})

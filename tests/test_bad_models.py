@@ -136,6 +136,13 @@ def test_a_layer_that_never_ran_is_named_everywhere() -> None:
     assert not missing.ok and missing.uncovered == ["rare"]
 
 
-def test_exports_and_scripts_are_named() -> None:
+def test_what_is_no_plain_module_is_named() -> None:
+    model, x = body().eval(), torch.randn(2, 4)
     with pytest.raises(StageError, match="wants an nn"):
         apot_fx.prepare_apot("model")  # type: ignore[arg-type]
+    with pytest.raises(StageError, match=r"pass the ExportedProgram's \.module\(\)"):
+        apot_fx.prepare_apot(torch.export.export(model, (x,)))  # type: ignore[arg-type]
+    with pytest.raises(StageError, match="not a TopLevelTracedModule"):
+        apot_fx.prepare_apot(torch.jit.trace(model, x))
+    with pytest.raises(StageError, match="_orig_mod"):
+        apot_fx.prepare_apot(torch.compile(model, backend="eager"))

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from torch import fx, nn
 
 from ..config import ActivationSpec, QConfig, QConfigMapping, WeightSpec
-from ..graph import called_module, value_kind
+from ..graph import HOLDS, called_module, value_kind
 from ..nn import (
     EMBEDDINGS,
     RECURRENT,
@@ -261,7 +261,7 @@ class OuterLayers:
             if node.op == "placeholder" or any(source in fed for source in node.all_input_nodes):
                 if node in layers:
                     self.first.add(node)
-                elif value_kind(node) != "other":
+                elif value_kind(node) != "other" or node.meta.get(HOLDS):
                     fed.add(node)
         reaching: set[fx.Node] = set()
         for node in reversed(nodes):

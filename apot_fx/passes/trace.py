@@ -17,7 +17,8 @@ import torch
 from torch import fx, nn
 
 from ..errors import TraceError
-from ..graph import KIND, user_line
+from ..graph import HOLDS, KIND, user_line
+from ..values import tensors_in
 from .attempts import Attempts, opaque_functions
 from .example import Call
 from .patches import AskingValues, recording_factories, tracing_into_wrapped
@@ -149,6 +150,8 @@ def _as_stage(
         node.meta.pop("nn_module_stack", None)
         if node in tracer.values:
             node.meta[KIND] = _kind(tracer.values[node])
+            if node.meta[KIND] == "other":
+                node.meta[HOLDS] = bool(tensors_in(tracer.values[node]))
     stage = StageModule(model, graph, "traced")
     stage.apot.opaque.update(attempts.modules)
     stage.apot.ids = len(graph.nodes)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
-from torch import nn
+from torch import fx, nn
 
 from ..config import QConfig, QConfigMapping
 from ..errors import ModelError, TraceError
@@ -13,6 +14,7 @@ from ..graph import copy_of, substitute
 from ..nn import expand_attention, prepare_standalone
 from ..passes import prepare_passes, run_passes
 from ..passes.annotate import describe_config, resolve
+from ..passes.aten import is_exported, rebuilt
 from ..passes.example import Call
 from ..passes.report import PassReport
 from ..passes.stage import StageInfo, StageModule, keep_quantizers
@@ -32,7 +34,7 @@ def prepare(
     inplace: bool,
 ) -> nn.Module:
     """Put observers and fake-quants into a float model."""
-    require_float(model)
+    model, inplace = _as_module(require_float(model), inplace)
     mapping = QConfigMapping.of(config)
     mapping.check_quantizes()
     call = None if example_inputs is None else Call.of(example_inputs)
@@ -55,6 +57,14 @@ def prepare(
     )
 
 
+def _as_module(model: nn.Module, inplace: bool) -> tuple[nn.Module, bool]:
+    """An exported program's module as one of live layers, of its own; anything else as it is."""
+    if not is_exported(model):
+        return model, inplace
+    assert isinstance(model, fx.GraphModule)
+    return rebuilt(model if inplace else copy.deepcopy(model)), True
+
+
 def _same_in_float(prepared: nn.Module, model: nn.Module, call: Call) -> bool:
     """Whether prepared gives the model's bits; also where the model does not give them again."""
     with in_float(prepared):
@@ -75,6 +85,8 @@ def _prepare(
         run_passes(stage, prepare_passes(mapping, path, found.ends[path], tied))
         stage.apot.kind = "prepared"
     substitute(owners, {id(originals[path]): stage for path, stage in found.stages.items()})
+    if isinstance(model, fx.GraphModule) and "" not in found.stages:
+        raise TraceError(f"the GraphModule can't be traced again: {found.opaque['']}")
     root = found.stages.get("") or _python_root(model)
     share_fake_quants(root)
     info = stage_info(root)
