@@ -28,7 +28,10 @@ _FIRST = (127 - 40) << _SUB_BITS
 
 def rows_of(x: torch.Tensor, axis: int | None, group_size: int | None) -> torch.Tensor:
     """One row of values per α, float32; short groups are filled up with zeros."""
-    x = x.detach().float()
+    return _rows(x.detach().float(), axis, group_size)
+
+
+def _rows(x: torch.Tensor, axis: int | None, group_size: int | None) -> torch.Tensor:
     if axis is None:
         return x.reshape(1, -1)
     rows = x.movedim(axis, 0).reshape(x.shape[axis], -1)
@@ -310,14 +313,14 @@ def weight_alpha(
     """
     if not bool(weight.isfinite().all()):
         raise TensorError(f"{name} holds NaN or inf; repair or reload it before quantizing")
-    rows = rows_of(weight, axis, group_size).contiguous()
+    rows = _rows(weight, axis, group_size)  # widened in parts: a bf16 weight would take thrice
     if not rows.shape[1]:
         rows = rows.new_zeros(len(rows), 1)
-    largest = covering_alpha(rows.amin(1), rows.amax(1), level_set)
+    largest = covering_alpha(rows.amin(1).float(), rows.amax(1).float(), level_set)
     if observer == "mse":
         count = max(1, _CHUNK // rows.shape[1])
         parts = zip(rows.split(count), largest.split(count), strict=True)
-        found = [_least_squares(part, ends, level_set) for part, ends in parts]
+        found = [_least_squares(part.float().contiguous(), ends, level_set) for part, ends in parts]
         largest = torch.cat(found) if found else largest
     if axis is None:
         return largest.reshape(())

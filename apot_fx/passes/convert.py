@@ -143,7 +143,8 @@ class _Emission:
 class ConvertLayers(Pass):
     """Prepared layers become converted ones that give every reader what it wants.
 
-    ``shared``: layers (by ``id``) that other stages call too; they keep their float weights.
+    ``shared``: registries of Parameters (by ``id``) that others of the model's layers have too;
+    they keep their float weights for now.
     """
 
     low_memory: bool = False
@@ -175,7 +176,7 @@ class ConvertLayers(Pass):
                 converted[key] = _register(stage, module, str(node.target), aliases[id(layer)])
                 report.change(converted[key], f"became a {type(module).__name__}")
             left[id(layer)] -= 1
-            if not left[id(layer)] and id(layer) not in self.shared:
+            if not left[id(layer)] and id(layer._parameters) not in self.shared:
                 layer.release()
             if norm:
                 norms.add(norm)

@@ -48,11 +48,11 @@ def convert(prepared: nn.Module, backend: str, low_memory: bool, inplace: bool) 
     _check_convertible(prepared)
     model = prepared if inplace else copy_of(prepared)
     model.eval()
-    tied = shared_fake_quants(model)
+    tied, sharing = shared_fake_quants(model), _sharing(model)
+    shared = frozenset(id(op._parameters) for op in sharing)
     for stage in stages(model).values():
         run_passes(stage, keep_passes())
-    _convert_standalone(model, low_memory)
-    shared = _called_by_several(model)
+    _convert_standalone(model, low_memory, shared)
     for stage in reversed(stages(model).values()):  # inner ones first
         run_passes(stage, convert_passes(low_memory, shared))
         stage.apot.kind = "converted"
@@ -60,20 +60,33 @@ def convert(prepared: nn.Module, backend: str, low_memory: bool, inplace: bool) 
     assert known is not None
     known.kind = "converted"
     share_packed(model, tied)
+    _release(model, sharing)
     return model
 
 
-def _called_by_several(model: nn.Module) -> frozenset[int]:
-    """Modules, by ``id``, that more than one stage calls."""
-    calls = Counter(
-        called
-        for stage in stages(model).values()
-        for called in {id(called_module(stage, node)) for node in stage.graph.nodes}
-    )
-    return frozenset(called for called, count in calls.items() if count > 1)
+def _sharing(model: nn.Module) -> list[PreparedOp]:
+    """Operators whose Parameters another module has too, or that more than one stage calls: a layer
+    that several stages call was prepared for each, with one registry."""
+    users = Counter(id(module._parameters) for module in model.modules())
+    calls: Counter[int] = Counter()
+    for stage in stages(model).values():
+        calls.update({id(called_module(stage, node)) for node in stage.graph.nodes})
+    return [
+        op
+        for op in model.modules()
+        if isinstance(op, PreparedOp) and (users[id(op._parameters)] > 1 or calls[id(op)] > 1)
+    ]
 
 
-def _convert_standalone(model: nn.Module, low_memory: bool) -> None:
+def _release(model: nn.Module, ops: list[PreparedOp]) -> None:
+    """Free what operators shared and nothing of the model has any more."""
+    used = {id(module._parameters) for module in model.modules()}
+    for op in ops:
+        if id(op._parameters) not in used:
+            op.release()
+
+
+def _convert_standalone(model: nn.Module, low_memory: bool, shared: frozenset[int]) -> None:
     aliases = module_aliases(model)
     for layer in standalone(model).values():
         assert isinstance(layer, PreparedOp)
@@ -82,7 +95,8 @@ def _convert_standalone(model: nn.Module, low_memory: bool) -> None:
             converted = layer.in_float()
         else:
             converted = convert_standalone(layer, low_memory)
-            layer.release()
+            if id(layer._parameters) not in shared:
+                layer.release()
         keep_children(layer, converted)
         for alias in aliases[id(layer)]:
             set_submodule(model, alias, converted)

@@ -370,9 +370,12 @@ def test_scales_stay_float32_and_results_take_the_models_dtype() -> None:
     op = PreparedProduct(Contraction("matmul")).eval().to(torch.bfloat16)
     a, b = (torch.randn(4, 4).bfloat16() for _ in range(2))
     y = op((quants[0](a), quants[1](b)), quants)
-    made = ConvertedProduct(op, quants, None).half()
-    assert y.dtype == torch.bfloat16 and made.s.dtype == torch.float32
-    assert torch.equal(y, made((index_of(quants[0], a), index_of(quants[1], b))))
+    made = ConvertedProduct(op, quants, None)
+    indices = index_of(quants[0], a), index_of(quants[1], b)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, made(indices))
+    wide = made.float()(indices)
+    assert torch.equal(wide.half(), made.half()(indices)) and made.s.dtype == torch.float32
+    assert torch.equal(y, made.bfloat16()(indices))
     assert not op.state_dict()
     for each in (quants[1],):  # one in float: torch's product, of the model's dtype
         each.fake_quant_enabled = False
