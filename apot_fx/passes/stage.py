@@ -257,8 +257,12 @@ class _GraphPickler(pickle.Pickler):
         if "<locals>" in getattr(target, "__qualname__", ""):
             names = [k for k, v in vars(functional).items() if v is target]
             if names:
-                return getattr, (functional, names[0])
+                return _functional, (names[0],)
         return NotImplemented
+
+
+def _functional(name: str) -> Any:
+    return getattr(functional, name)
 
 
 def _operator(namespace: str, name: str, overload: str) -> Any:

@@ -21,6 +21,7 @@ from ..passes.tree import joined, stage_info
 from ..values import same_bits, tensors_in
 from .capture import Captured, capture
 from .floats import in_float, outputs, with_outputs
+from .intake import take_in
 from .stages import require_float
 from .tied import share_fake_quants, tied_layers
 
@@ -32,10 +33,10 @@ def prepare(
     inplace: bool,
 ) -> nn.Module:
     """Put observers and fake-quants into a float model."""
-    require_float(model)
     mapping = QConfigMapping.of(config)
     mapping.check_quantizes()
     call = None if example_inputs is None else Call.of(example_inputs)
+    model = require_float(take_in(model, call, inplace))
     if call is None:
         return _prepare(model if inplace else copy_of(model), mapping, None, True)
     call.bound(model)

@@ -35,7 +35,8 @@ def require_float(model: object) -> nn.Module:
         raise StageError(f"prepare_apot wants an nn.Module, not a {type(model).__name__}")
     name, known = type(model).__name__, stage_info(model)
     for path, module in model.named_modules():
-        if isinstance(module, (PreparedOp, ConvertedOp, FakeQuantize, StageModule)):
+        rebuilt = isinstance(module, StageModule) and module.apot.kind == "traced"
+        if not rebuilt and isinstance(module, (PreparedOp, ConvertedOp, FakeQuantize, StageModule)):
             where = f"holds {type(module).__name__} at {path!r}" if path else "is a stage"
             kind = known.kind if known else "quantized"
             raise StageError(
