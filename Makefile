@@ -12,7 +12,7 @@ demo: .venv/.demo
 test: .venv/.dev
 	$(BIN)/python -m pytest -m "not slow" --durations=20 -q
 
-test-slow: .venv/.dev
+test-slow: .venv/.zoo
 	$(BIN)/python -m pytest -m slow --durations=20 -q
 
 check: .venv/.dev
@@ -26,7 +26,7 @@ docs: .venv/.dev
 	$(BIN)/python -m pytest -q --doctest-glob='*.md' README.md docs
 	for script in examples/*.py; do $(BIN)/python $$script > /dev/null || exit 1; done
 
-bench: .venv/.dev
+bench: .venv/.zoo
 	for script in benchmarks/[a-z]*.py; do $(BIN)/python $$script || exit 1; done
 
 .venv/bin/pip:
@@ -39,6 +39,12 @@ bench: .venv/.dev
 .venv/.dev: $(SETUP) | .venv/bin/pip
 	$(PIP) -e '.[dev]'
 	touch $@ .venv/.demo
+
+# The models of benchmarks/zoo.py. Without their own requirements, lest torch be fetched anew.
+.venv/.zoo: .venv/.dev
+	$(PIP) -e '.[zoo]'
+	$(PIP) --no-deps torchvision timm
+	touch $@
 
 clean:
 	rm -rf .venv build dist *.egg-info

@@ -166,6 +166,8 @@ class ActivationSpec(_LevelFamily):
         observer: "moving_average", "minmax", "percentile" or "mse".
         residual: None leaves residual adds and average pools in float; 2 to 8 puts them on
             uniform indices of that many bits.
+        products: None leaves products of two activations (matmul, einsum, attention) in float; 2
+            to 8 puts both operands on uniform indices of that many bits, as residual does.
 
     Raises ConfigError for a field that can't be used, LevelSetError for an impossible level set.
 
@@ -179,14 +181,16 @@ class ActivationSpec(_LevelFamily):
     signed: bool | None = None
     observer: str = "moving_average"
     residual: int | None = None
+    products: int | None = None
 
     def __post_init__(self) -> None:
         self._check_family()
         check_choice("ActivationSpec.observer", self.observer, ACTIVATION_OBSERVERS)
         if self.signed not in (None, True, False):
             raise ConfigError(f"ActivationSpec.signed: True, False or None, not {self.signed!r}")
-        if self.residual is not None:
-            _check_int("ActivationSpec.residual", self.residual, 2, 8)
+        for field in ("residual", "products"):
+            if (bits := getattr(self, field)) is not None:
+                _check_int(f"ActivationSpec.{field}", bits, 2, 8)
         if self.kind in ("fp4", "levels"):
             signed = self._build(signed=True).signed
             if self.signed not in (None, signed):
@@ -205,7 +209,8 @@ class ActivationSpec(_LevelFamily):
         """One short line for tables."""
         sign = {None: "", True: " signed", False: " unsigned"}[self.signed]
         residual = f", residual uniform{self.residual}" if self.residual else ""
-        return f"{self._describe_family()}{sign}, {self.observer}{residual}"
+        products = f", products uniform{self.products}" if self.products else ""
+        return f"{self._describe_family()}{sign}, {self.observer}{residual}{products}"
 
 
 @dataclasses.dataclass(frozen=True)

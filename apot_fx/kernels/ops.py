@@ -95,8 +95,12 @@ _define("linear_grouped(Tensor x, Tensor w, Tensor s, Tensor b, int group_size, 
         "-> Tensor", products.linear_grouped, _fake_linear)  # fmt: skip
 _define("linear_weight_only(Tensor x, Tensor w, Tensor step, Tensor b, int group_size) -> Tensor",
         products.linear_weight_only, _fake_linear)  # fmt: skip
+# The fakes of these run the same calls on fake tensors: strides follow the engine's rules.
+_define("matmul(Tensor a, Tensor b, Tensor s, bool wide) -> Tensor",
+        products.matmul, products.matmul)  # fmt: skip
+_define("einsum(Tensor a, Tensor b, Tensor s, str equation, bool wide) -> Tensor",
+        products.einsum, products.einsum)  # fmt: skip
 _GEOMETRY = "int[] stride, int[] padding, int[] dilation, int groups"
-# The fakes of convolutions run the same calls on fake tensors: strides follow the engine's rules.
 _define(f"conv(Tensor x, Tensor w, Tensor s, Tensor b, {_GEOMETRY}, bool wide) -> Tensor",
         products.conv, products.conv)  # fmt: skip
 _define(f"conv_grouped(Tensor x, Tensor w, Tensor s, Tensor b, {_GEOMETRY}, int group_size, "

@@ -1,4 +1,4 @@
-"""Linear and convolutions on integer-valued floats (contract 4.6 to 4.8, 4.10).
+"""Linear, convolutions, matmul and einsum on integer-valued floats (contract 4.6 to 4.8, 4.10).
 
 Sums of products of integers are exact in float32 up to 2^24 on an engine that only multiplies and
 adds. Where the engine is not known to be one (NNPACK's and Winograd's transforms, lowered matmul
@@ -40,6 +40,23 @@ def linear(
     dtype = _sum_dtype(x, wide)
     with torch.autocast(x.device.type, enabled=False):
         return functional.linear(x.to(dtype), w.to(dtype)).float() * s + b
+
+
+def matmul(a: torch.Tensor, b: torch.Tensor, s: torch.Tensor, wide: bool) -> torch.Tensor:
+    """``fl(fl(a @ b) · s) + 0.0``, of every rank that torch.matmul takes; s is a scalar."""
+    dtype = _sum_dtype(a, wide)
+    with torch.autocast(a.device.type, enabled=False):
+        return torch.matmul(a.to(dtype), b.to(dtype)).float() * s + 0.0
+
+
+def einsum(
+    a: torch.Tensor, b: torch.Tensor, s: torch.Tensor, equation: str, wide: bool
+) -> torch.Tensor:
+    """``fl(fl(acc) · s) + 0.0`` with acc the einsum of two operands; s is a scalar."""
+    dtype = _sum_dtype(a, wide)
+    with torch.autocast(a.device.type, enabled=False):
+        total: torch.Tensor = torch.einsum(equation, a.to(dtype), b.to(dtype))
+        return total.float() * s + 0.0
 
 
 def _like_input(y: torch.Tensor, x: torch.Tensor) -> torch.Tensor:

@@ -4,16 +4,24 @@
 ``weighted`` what layers with one weight share. ``products`` and ``convolution`` (what multiplies
 and adds) and ``fold`` (scale, bias, batch norm) are the arithmetic that both stages of a layer
 share; ``prepared``, ``layers`` (which stands for which float layer) and ``converted`` hold the
-layers, ``embedding``, ``add`` and ``pool`` a pair each; ``recurrence`` and ``recurrent`` the
-recurrent layers, and ``standalone`` those that Python code calls rather than a graph.
-``attention`` and ``transformer`` are torch's float modules, written out for tracing. Files import
-only those named before them here.
+layers, ``embedding``, ``add``, ``pool``, ``contraction`` (products of two activations) and
+``dot_attention`` a pair each; ``recurrence`` and ``recurrent`` the recurrent layers, and
+``standalone`` those that Python code calls rather than a graph. ``attention`` and ``transformer``
+are torch's float modules, written out for tracing. Files import only those named before them here.
 """
 
 from .add import ConvertedAdd, PreparedAdd
 from .attention import Expanded, attend
+from .contraction import (
+    Contraction,
+    ConvertedPairOp,
+    ConvertedProduct,
+    PreparedPairOp,
+    PreparedProduct,
+)
 from .converted import ConvertedLayer
 from .convolution import ConvProduct, TransposedProduct
+from .dot_attention import Attention, ConvertedAttention, PreparedAttention
 from .embedding import EMBEDDINGS, ConvertedEmbedding, PreparedEmbedding, PreparedEmbeddingBag
 from .layers import CONV1D, PREPARED, TRANSPOSED, can_fold, is_conv1d, prepared_type
 from .op import ConvertedOp, PreparedOp
@@ -40,6 +48,8 @@ CONVERTED: tuple[tuple[type[PreparedOp], type[ConvertedOp]], ...] = (
     (PreparedLayer, ConvertedLayer),
     (PreparedAdd, ConvertedAdd),
     (PreparedPool, ConvertedPool),
+    (PreparedProduct, ConvertedProduct),
+    (PreparedAttention, ConvertedAttention),
 )
 
 __all__ = [
@@ -51,12 +61,17 @@ __all__ = [
     "RECURRENT",
     "STANDALONE",
     "TRANSPOSED",
+    "Attention",
+    "Contraction",
     "ConvProduct",
     "ConvertedAdd",
+    "ConvertedAttention",
     "ConvertedEmbedding",
     "ConvertedLayer",
     "ConvertedOp",
+    "ConvertedPairOp",
     "ConvertedPool",
+    "ConvertedProduct",
     "ConvertedRecurrent",
     "ConvertedWeighted",
     "Expanded",
@@ -64,12 +79,15 @@ __all__ = [
     "LinearProduct",
     "Pool",
     "PreparedAdd",
+    "PreparedAttention",
     "PreparedEmbedding",
     "PreparedEmbeddingBag",
     "PreparedFunctional",
     "PreparedLayer",
     "PreparedOp",
+    "PreparedPairOp",
     "PreparedPool",
+    "PreparedProduct",
     "PreparedRecurrent",
     "PreparedWeighted",
     "Product",

@@ -95,6 +95,8 @@ def _window_sums(x: torch.Tensor, axis: int, starts: list[int], ends: list[int])
 class PreparedPool(PreparedOp):
     """Torch's pool in train; in eval the sum of levels, as the converted form computes it."""
 
+    kind = "average pool"
+
     def __init__(self, pool: Pool) -> None:
         super().__init__()
         self.pool = pool
@@ -113,6 +115,9 @@ class PreparedPool(PreparedOp):
 
 class ConvertedPool(ConvertedOp):
     """The pool of an index tensor; child ``grid`` is its quantizer."""
+
+    kind = "average pool"
+    input_spec: str
 
     def __init__(self, op: PreparedPool, fake_quant: FakeQuantize, batch_norm: None) -> None:
         super().__init__()

@@ -103,8 +103,9 @@ def keep_children(old: nn.Module, new: nn.Module) -> None:
 
 
 def input_fake_quants(op: PreparedOp) -> dict[str, FakeQuantize]:
-    """The fake-quants of a standalone layer's inputs, by their name in it."""
+    """The fake-quants that an operator owns, by their name in it: a standalone layer's inputs',
+    an attention's softmax's."""
     if isinstance(op, PreparedRecurrent):
         return op.input_fake_quants
-    quant = op.own_fake_quant if isinstance(op, PreparedLayer) else None
-    return {} if quant is None else {"activation_post_process": quant}
+    quant = op._modules.get("activation_post_process")
+    return {"activation_post_process": quant} if isinstance(quant, FakeQuantize) else {}

@@ -13,7 +13,16 @@ import torch
 from torch import fx, nn
 
 from ..levels import LevelSet
-from ..nn import ConvertedEmbedding, ConvertedLayer, ConvertedPool, ConvertedRecurrent, Quantize
+from ..nn import (
+    ConvertedAttention,
+    ConvertedEmbedding,
+    ConvertedLayer,
+    ConvertedPairOp,
+    ConvertedPool,
+    ConvertedProduct,
+    ConvertedRecurrent,
+    Quantize,
+)
 from ..passes.stage import StageModule, info
 from ..passes.tree import stages
 from ..tensor import ApotTensor
@@ -98,6 +107,10 @@ def _settings(module: nn.Module) -> dict[str, Any]:
     keys: tuple[str, ...]
     if isinstance(module, ConvertedPool):
         keys = ("pool", "input_spec")
+    elif isinstance(module, ConvertedProduct):
+        keys = ("contraction", "input_spec", "input_levels", "output_dtype")
+    elif isinstance(module, ConvertedAttention):
+        keys = ("attention", "input_spec", "input_levels", "output_dtype")
     elif isinstance(module, ConvertedLayer):
         keys = ("kind", "product", "output_dtype", "input_spec", "input_levels", "wide")
     elif isinstance(module, ConvertedEmbedding):
@@ -171,6 +184,8 @@ def _level_sets(stage: nn.Module) -> set[LevelSet]:
             found.add(module.level_set)
         elif isinstance(module, ConvertedLayer) and module.input_levels is not None:
             found.add(module.input_levels)
+        elif isinstance(module, ConvertedPairOp):
+            found.update(module.input_levels)
     return found
 
 

@@ -8,6 +8,7 @@ normalize              functional dropout and batch norm become modules
 functional_layers      F.linear and F.conv… on parameters become layers
 annotate               every layer gets a plan or a reason (the only place of policy)
 residual               adds and average pools become operators, where the config says so
+products               products of two activations become operators, where the config says so
 fold                   a layer and the batch norm that alone reads it become one call
 share                  which quantized edges use one fake-quant
 insert                 fake-quants on the edges, layers in their prepared form
@@ -39,6 +40,7 @@ from .hoist import Hoist
 from .insert import Insert
 from .keep_weights import KeepWeights
 from .normalize import Normalize
+from .products import QuantizeProducts
 from .residual import QuantizeResiduals
 from .share import Share
 from .tied import Groups
@@ -65,6 +67,7 @@ def prepare_passes(
         FunctionalLayers(),
         Annotate(mapping, path, ends, tied or {}),
         QuantizeResiduals(mapping),
+        QuantizeProducts(mapping),
         FoldBatchNorm(),
         Share(),
         Insert(path),

@@ -65,11 +65,13 @@ def has_weights(module: nn.Module) -> bool:
 class LayerPlan:
     """How one call of a layer is quantized (``node.meta["apot_plan"]``).
 
-    ``activation`` is None where the layer is weight-only, ``weight`` for adds and pools.
+    ``activation`` is None where the layer is weight-only, ``weight`` for adds, pools, products.
+    ``apart``: several inputs each have an α of their own; else they share one.
     """
 
     weight: WeightSpec | None
     activation: ActivationSpec | None
+    apart: bool = False
 
 
 def plan_of(node: fx.Node) -> LayerPlan | None:

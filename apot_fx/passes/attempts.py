@@ -38,10 +38,7 @@ class Attempts:
             return
         name = tracer.failed_in
         if not name or name in self.modules:
-            raise TraceError(
-                f"{type(model).__name__} can't be traced ({why}). Rewrite that line without "
-                "Python decisions on tensor values, or prepare the parts separately"
-            ) from problem
+            raise TraceError(why) from problem
         self.modules[name] = why
         kind = type(model.get_submodule(name))
         alike = [path for path, module in model.named_modules() if type(module) is kind]

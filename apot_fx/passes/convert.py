@@ -197,11 +197,20 @@ def _emissions(stage: StageModule) -> dict[fx.Node, list[_Emission]]:
     return found
 
 
-def _module_args(node: fx.Node) -> tuple[str, str]:
-    """Names of the fake-quant and the batch norm in ``layer(x, fake_quant, batch_norm)``."""
-    places = (argument(node, 1, "fake_quant"), argument(node, 2, "batch_norm"))
-    grid, norm = (str(arg.target) if isinstance(arg, fx.Node) else "" for arg in places)
-    return grid, norm
+#: Name of a module, "" for none; or of several.
+_Names = str | tuple[str, ...]
+
+
+def _module_args(node: fx.Node) -> tuple[_Names, str]:
+    """Names of the fake-quants and the batch norm in ``layer(x, fake_quant, batch_norm)``."""
+    grids, norm = argument(node, 1, "fake_quant"), argument(node, 2, "batch_norm")
+    several = isinstance(grids, (tuple, list))
+    names = tuple(_name(grid) for grid in grids) if several else _name(grids)
+    return names, _name(norm)
+
+
+def _name(arg: Any) -> str:
+    return str(arg.target) if isinstance(arg, fx.Node) else ""
 
 
 def _convert(op: PreparedOp, *arguments: Any) -> ConvertedOp:
@@ -210,8 +219,10 @@ def _convert(op: PreparedOp, *arguments: Any) -> ConvertedOp:
     return made.train(op.training)
 
 
-def _get(stage: StageModule, name: str) -> Any:
-    return stage.get_submodule(name) if name else None
+def _get(stage: StageModule, names: _Names) -> Any:
+    if isinstance(names, tuple):
+        return tuple(_get(stage, name) for name in names)
+    return stage.get_submodule(names) if names else None
 
 
 def _register(stage: StageModule, module: ConvertedOp, name: str, aliases: list[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -39,17 +39,26 @@ class Call:
         args, kwargs = pytree.tree_map(_copied, (self.args, self.kwargs))
         return Call(args, kwargs)
 
-    def resized(self) -> Call:
-        """The same with another batch size, half or twice: of tensors as long as the first one."""
-        tensors = [
-            leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if _has_batch(leaf)
-        ]
-        size = len(tensors[0]) if tensors else 0
+    def resized(self) -> list[Call]:
+        """The same with other sizes, the most telling first.
+
+        Half the batch (of one: twice) and half of axis 1, which may be time; half the batch and of
+        the last axes, which may be space; half the batch.
+        """
+        return [self._resized(axes) for axes in (_batch_and_time, _batch_and_space, _batch)]
+
+    def _resized(self, axes: Callable[[torch.Tensor], tuple[int, ...]]) -> Call:
+        """With other lengths of axes, where they are those of the first tensor that has them."""
+        lengths: dict[int, int] = {}
 
         def resize(leaf: Any) -> Any:
-            if not _has_batch(leaf) or len(leaf) != size:
+            if not isinstance(leaf, torch.Tensor):
                 return leaf
-            return leaf[: size // 2] if size > 1 else torch.cat([leaf, leaf])
+            for axis in axes(leaf):
+                size = leaf.shape[axis]
+                if lengths.setdefault(axis, size) == size:
+                    leaf = _half(leaf, axis)
+            return leaf
 
         args, kwargs = pytree.tree_map(resize, (self.args, self.kwargs))
         return Call(args, kwargs)
@@ -65,8 +74,21 @@ class Call:
             ) from None
 
 
-def _has_batch(value: Any) -> bool:
-    return isinstance(value, torch.Tensor) and value.dim() > 0
+def _batch(tensor: torch.Tensor) -> tuple[int, ...]:
+    return (0,) if tensor.dim() else ()
+
+
+def _batch_and_time(tensor: torch.Tensor) -> tuple[int, ...]:
+    return tuple(range(min(2, tensor.dim())))
+
+
+def _batch_and_space(tensor: torch.Tensor) -> tuple[int, ...]:
+    return (*_batch(tensor), *range(2, tensor.dim()))
+
+
+def _half(tensor: torch.Tensor, axis: int) -> torch.Tensor:
+    size = tensor.shape[axis]
+    return tensor.narrow(axis, 0, size // 2) if size > 1 else torch.cat([tensor, tensor], axis)
 
 
 def _copied(value: Any) -> Any:

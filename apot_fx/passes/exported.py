@@ -60,7 +60,7 @@ def taken_over(module: nn.Module) -> StageModule | None:
     for node, copy in copies.items():
         copy.meta = dict(node.meta)
     stage = StageModule(module, graph, "traced")
-    stage.apot.origin = module.apot.origin
+    stage.apot.origin, stage.apot.ids = module.apot.origin, module.apot.ids
     stage.apot.opaque.update(module.apot.opaque)
     stage.apot.reports.extend(module.apot.reports)
     return stage
@@ -106,6 +106,7 @@ class _Rebuilding:
             node.meta = {k: v for k, v in ((KIND, kind), ("keep", keep)) if v is not None}
             set_info(node, NodeInfo(id=number, origin=origin))
         stage = StageModule(self.containers.root, self.graph, "traced")
+        stage.apot.ids = len(self.graph.nodes)
         stage.apot.reports.append(self.report)
         return stage
 

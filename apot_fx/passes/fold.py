@@ -40,7 +40,8 @@ class FoldBatchNorm(Pass):
             if not isinstance(norm, BATCH_NORMS) or not isinstance(layer_node, fx.Node):
                 continue
             layer = called_module(stage, layer_node)
-            if layer is None or plan_of(layer_node) is None:
+            plan = plan_of(layer_node)
+            if layer is None or plan is None or plan.weight is None:
                 continue
             why = _why_not(stage, layer_node, node, calls[id(layer)])
             if why:

@@ -12,7 +12,7 @@ from ..fake_quant import FakeQuantize
 from ..graph import called_module, source
 from ..nn import ConvertedOp, PreparedOp, Quantize
 from .index_ops import bounds, index_op
-from .stage import StageModule, info, inputs_of
+from .stage import StageModule, as_tuple, grids_of, info, inputs_of
 
 
 def is_prepared(stage: StageModule) -> None:
@@ -20,16 +20,15 @@ def is_prepared(stage: StageModule) -> None:
     _ids_are_unique(stage)
     for node in stage.graph.nodes:
         layer = called_module(stage, node)
-        if not isinstance(layer, PreparedOp) or layer.standalone or len(node.args) < 2:
+        if not isinstance(layer, PreparedOp) or layer.standalone:
             continue
-        module = node.args[1]
-        if module is None:
-            continue
-        for origin in (s for value in inputs_of(node) for s in _sources(stage, value)):
-            if origin.op != "call_module" or origin.target != module.target:
-                raise GrammarError(
-                    f"{node.name}: reads {origin.name}, which is not on the grid of {module.target}"
-                )
+        for value, module in grids_of(node):
+            if module is None:
+                continue
+            for origin in _sources(stage, value):
+                if origin.op != "call_module" or origin.target != module.target:
+                    where = f"{node.name}: reads {origin.name}"
+                    raise GrammarError(f"{where}, which is not on the grid of {module.target}")
 
 
 def is_hoisted(stage: StageModule) -> None:
@@ -50,10 +49,11 @@ def is_converted(stage: StageModule) -> None:
             raise GrammarError(f"{name}: {type(module).__name__} is left after convert")
     for node in stage.graph.nodes:
         module = called_module(stage, node)
-        if isinstance(module, ConvertedOp) and not module.standalone and module.input_spec:
-            for origin in (s for value in inputs_of(node) for s in _sources(stage, value)):
-                if not info(origin).quantizer:
-                    raise GrammarError(f"{node.name}: reads {origin.name}, which is no index")
+        if isinstance(module, ConvertedOp) and not module.standalone:
+            for value, spec in zip(inputs_of(node), as_tuple(module.input_spec), strict=True):
+                for origin in _sources(stage, value) if spec else ():
+                    if not info(origin).quantizer:
+                        raise GrammarError(f"{node.name}: reads {origin.name}, which is no index")
         if isinstance(module, Quantize):
             _reads_true_float(stage, node)
 

@@ -135,7 +135,9 @@ class _Mover:
 
 def _read_metadata_from_quantized(stage: StageModule, twins: dict[fx.Node, fx.Node]) -> None:
     """Let ``size()`` and the like read a quantized twin, so that no float value stays for it."""
+    seen: set[fx.Node] = set()
     for node in stage.graph.nodes:
         source = node.args[0] if node.args else None
-        if reads_metadata(node) and isinstance(source, fx.Node) and source in twins:
+        if isinstance(source, fx.Node) and twins.get(source) in seen and reads_metadata(node):
             replace_argument(node, source, twins[source])
+        seen.add(node)

@@ -69,12 +69,9 @@ DROPOUT_MODULES = (
     nn.AlphaDropout,
     nn.FeatureAlphaDropout,
 )
-#: Max pools that torch has no integer kernel for (2.13): these run through float32 of the index.
-FLOAT_ONLY = frozenset({"max_pool1d", "MaxPool1d"}) | frozenset(
-    name.format(rank)
-    for rank in (1, 2, 3)
-    for name in ("adaptive_max_pool{}d", "AdaptiveMaxPool{}d")
-)
+#: Max pools run through float32 of the index: torch (2.13) has no integer kernel for some, and for
+#: channels-last bytes one that refuses more than 255 places.
+FLOAT_ONLY = MAX_POOLS | {kind.__name__ for kind in MAX_POOL_MODULES}
 NEAREST = frozenset({"nearest", "nearest-exact"})
 
 
@@ -127,6 +124,8 @@ def _module_kind(module: nn.Module) -> str:
 
 def _function_kind(stage: nn.Module, node: fx.Node) -> str:
     name = called_name(node)
+    if node.target is getattr:
+        return "move" if node.args[1] in ("T", "mT") else ""
     if not is_torch_call(node, name):
         return ""
     if name == "getitem":
@@ -253,19 +252,14 @@ _KEEPS_SIGN = frozenset(
 )
 
 
-def is_non_negative(stage: nn.Module, node: fx.Node) -> bool:
-    """Whether the graph proves that a value has no negative element."""
-    pending, seen = [node], set()
-    while pending:
-        current = pending.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        sources = _sources_of_sign(stage, current)
-        if sources is None:
-            return False
-        pending.extend(sources)
-    return True
+def non_negative(stage: fx.GraphModule) -> set[fx.Node]:
+    """Nodes whose value, as the graph proves, has no negative element."""
+    found: set[fx.Node] = set()
+    for node in stage.graph.nodes:
+        sources = _sources_of_sign(stage, node)
+        if sources is not None and found.issuperset(sources):
+            found.add(node)
+    return found
 
 
 def _sources_of_sign(stage: nn.Module, node: fx.Node) -> tuple[fx.Node, ...] | None:

@@ -8,14 +8,14 @@ import torch
 from torch import fx, nn
 
 from ..fake_quant import FakeQuantize
-from ..graph import called_module, module_aliases, replace_argument, set_submodule
+from ..graph import called_module, module_aliases, set_submodule
 from ..nn import PreparedLayer, PreparedOp, prepare_standalone, prepared_type
 from .annotate import STANDALONE_CONFIG, plan_of
 from .base import Pass
 from .functional_layers import computed_operands
 from .grammar import is_prepared
 from .report import PassReport
-from .share import GROUP, UNSIGNED
+from .share import GROUPS, UNSIGNED
 from .stage import NodeInfo, StageModule, info, inputs_of, next_id, set_info
 from .tree import joined
 
@@ -27,6 +27,7 @@ ACTIVATION = "activation_post_process_"
 class Insert(Pass):
     """Write ``layer(fake_quant(x), fake_quant module, …)`` for every planned call.
 
+    Where inputs are a tuple, so are the modules: ``op((fq_a(a), fq_b(b)), (fq_a, fq_b), …)``.
     The module is an argument beside its result because one layer may be called at two nodes and
     must know, each time, which grid its input lies on. ``path``: the stage's own in the model.
     """
@@ -58,7 +59,8 @@ class Insert(Pass):
                 report.change(name, f"weight on {plan.weight.describe()}")
             if plan.activation is not None:
                 self._insert_activation(stage, node, made)
-                report.change(node, f"input through {ACTIVATION}{node.meta[GROUP]}")
+                names = (f"{ACTIVATION}{number}" for number in dict.fromkeys(node.meta[GROUPS]))
+                report.change(node, f"input through {', '.join(names)}")
 
     def _insert_standalone(
         self, stage: StageModule, node: fx.Node, aliases: dict[int, list[str]], report: PassReport
@@ -77,19 +79,24 @@ class Insert(Pass):
     ) -> None:
         plan = plan_of(node)
         assert plan is not None and plan.activation is not None
-        name = f"{ACTIVATION}{node.meta[GROUP]}"
-        if name not in stage._modules:
-            unsigned = node.meta[UNSIGNED]
-            fake_quant = FakeQuantize.for_activation(plan.activation, False if unsigned else None)
-            stage.add_module(name, fake_quant.to(_device(stage)).train(stage.training))
-        for source in inputs_of(node):
+        calls, modules = [], []
+        for source, number, unsigned in zip(
+            inputs_of(node), node.meta[GROUPS], node.meta[UNSIGNED], strict=True
+        ):
+            name = f"{ACTIVATION}{number}"
+            if name not in stage._modules:
+                made_now = FakeQuantize.for_activation(plan.activation, False if unsigned else None)
+                stage.add_module(name, made_now.to(_device(stage)).train(stage.training))
             call = made.get((name, source))
             if call is None:
                 call = made[name, source] = insert_call(stage, name, source)
-            replace_argument(node, source, call)
-        with stage.graph.inserting_before(node):
-            module = stage.graph.get_attr(name)
-        node.args = (node.args[0], module, *node.args[2:])
+            calls.append(call)
+            with stage.graph.inserting_before(node):
+                modules.append(stage.graph.get_attr(name))
+        if isinstance(node.args[0], fx.Node):
+            node.args = (calls[0], modules[0], *node.args[2:])
+        else:
+            node.args = (tuple(calls), tuple(modules), *node.args[2:])
 
 
 def insert_call(stage: StageModule, name: str, source: fx.Node) -> fx.Node:

@@ -55,6 +55,8 @@ def mutated(stage: nn.Module, node: fx.Node) -> fx.Node | None:
 
 def _is_underscored(node: fx.Node) -> bool:
     name = called_name(node)
+    if getattr(node.target, "__module__", "") == "_operator":  # and_, or_ and not_ are keywords
+        return False
     return name.endswith("_") and not name.endswith("__") and name not in _NOT_DATA
 
 

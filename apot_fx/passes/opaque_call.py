@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import GuardError
-from .proxy import Untraceable, is_proxy
+from .proxy import TrainingFlag, Untraceable, is_proxy
 
 _PLAIN = (
     type(None),
@@ -53,8 +53,11 @@ class OpaqueCall(nn.Module):
         leaves, self.structure = pytree.tree_flatten((args, kwargs), is_leaf=is_proxy)
         self.function = function
         self.places = tuple(place for place, leaf in enumerate(leaves) if is_proxy(leaf))
+        # Training flags that it was handed follow its own.
+        self.flags = tuple(p for p, leaf in enumerate(leaves) if isinstance(leaf, TrainingFlag))
         # In a tuple, so that modules among them are not registered a second time.
-        self.constants = tuple(None if is_proxy(leaf) else leaf for leaf in leaves)
+        given = (*self.places, *self.flags)
+        self.constants = tuple(None if p in given else leaf for p, leaf in enumerate(leaves))
         self.traced = [leaves[place] for place in self.places]
         self.constants = tuple(_constant(function, leaf) for leaf in self.constants)
         self.gives_none: bool | None = None  # as it did for the example; None: not known
@@ -68,6 +71,8 @@ class OpaqueCall(nn.Module):
         leaves = list(self.constants)
         for place, value in zip(self.places, traced, strict=True):
             leaves[place] = value
+        for place in self.flags:
+            leaves[place] = bool(int(self.training))
         args, kwargs = pytree.tree_unflatten(leaves, self.structure)
         result = self.function(*args, **kwargs)
         if self.gives_none not in (None, result is None):

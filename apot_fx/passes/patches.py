@@ -8,8 +8,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import fx
 
-from .proxy import holds_proxy, value_isinstance
+from .proxy import admitting_isinstance, holds_proxy, is_proxy, value_isinstance
 
 if TYPE_CHECKING:
     from .tracer import ApotTracer
@@ -27,9 +28,10 @@ _RANDOM = "rand randn randint randperm normal bernoulli poisson multinomial".spl
 def recording_factories(tracer: ApotTracer) -> Iterator[None]:
     """While open, tensor factories are graph nodes and entered autocast regions are counted."""
     # fx imports it anyway; it must not learn of torch's functions while they are others.
-    importlib.import_module("torch._dynamo")
+    dynamo: Any = importlib.import_module("torch._dynamo")
     before = {name: getattr(torch, name) for name in (*_FACTORIES, *_RANDOM)}
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
+    marking = dynamo.mark_static_address
     try:
         for name, function in before.items():
             if not isinstance(function, type):
@@ -37,8 +39,10 @@ def recording_factories(tracer: ApotTracer) -> Iterator[None]:
         torch.finfo = _recorded(tracer, before["finfo"], False)  # type: ignore[assignment,misc]
         torch.autocast.__enter__ = _entering(tracer, enter)  # type: ignore[method-assign]
         torch.autocast.__exit__ = _leaving(tracer, leave)  # type: ignore[method-assign]
+        dynamo.mark_static_address = _on_tensors(marking)
         yield
     finally:
+        dynamo.mark_static_address = marking
         for name, function in before.items():
             setattr(torch, name, function)
         torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
@@ -55,10 +59,42 @@ def _recorded(tracer: ApotTracer, function: Callable[..., Any], always: bool) ->
     return record
 
 
-class AskingValues:
-    """Puts an ``isinstance`` that asks proxies' values into users' modules, and takes it out."""
+@contextmanager
+def tracing_into_wrapped() -> Iterator[None]:
+    """While open, functions that users gave to ``torch.fx.wrap`` are traced into.
 
-    def __init__(self) -> None:
+    They are wrapped since fx itself can't follow them; what an example's values can't follow either
+    becomes an opaque function.
+    """
+    wrapped = fx._symbolic_trace._wrapped_fns_to_patch
+    before = dict(wrapped)
+    for key, variables in before.items():
+        if not str(variables.get("__name__", "")).startswith(("apot_fx.", "torch.")):
+            del wrapped[key]
+    try:
+        yield
+    finally:
+        wrapped.clear()
+        wrapped.update(before)
+
+
+def _on_tensors(mark: Callable[..., Any]) -> Callable[..., Any]:
+    """Marks are hints for a compiler; what is traced has no address yet."""
+
+    def marked(tensor: Any, *args: Any, **kwargs: Any) -> Any:
+        return None if is_proxy(tensor) else mark(tensor, *args, **kwargs)
+
+    return marked
+
+
+class AskingValues:
+    """Puts an ``isinstance`` that asks proxies' values into users' modules, and takes it out.
+
+    ``admits``: whether ``isinstance(x, torch.fx.Proxy)`` is true of what is traced.
+    """
+
+    def __init__(self, admits: bool) -> None:
+        self._isinstance = admitting_isinstance if admits else value_isinstance
         self._before: list[tuple[dict[str, Any], Any]] = []
         self._seen: set[int] = set()
 
@@ -66,7 +102,7 @@ class AskingValues:
         if id(variables) not in self._seen:
             self._seen.add(id(variables))
             self._before.append((variables, variables.get("isinstance")))
-            variables["isinstance"] = value_isinstance
+            variables["isinstance"] = self._isinstance
 
     def restore(self) -> None:
         for variables, before in self._before:

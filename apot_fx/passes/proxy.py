@@ -8,8 +8,10 @@ next batch may decide otherwise.
 
 from __future__ import annotations
 
+import dis
 import operator
 import sys
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +19,7 @@ import torch
 from torch import fx
 
 from ..errors import GuardError, TraceError
-from ..graph import METADATA_METHODS
+from ..graph import METADATA_METHODS, called_name
 from .mutation import AUGMENTED
 
 if TYPE_CHECKING:
@@ -33,6 +35,8 @@ _ORDER = (FIXED, SIZE, DATA)
 _RANK_METHODS = frozenset(
     "dim ndimension is_floating_point is_complex element_size get_device is_contiguous".split()
 )
+#: Calls that give as many parts as a size says.
+_PARTS_BY_SIZE = frozenset("unbind split tensor_split hsplit vsplit dsplit unsafe_split".split())
 _SIZE_ATTRIBUTES = frozenset({"shape", "size", "numel", "nelement", "stride"})
 
 
@@ -103,7 +107,8 @@ class ApotProxy(fx.Proxy):
         value = self.value
         if value is UNKNOWN:
             return super().__len__()
-        return self._length(value)
+        by_size = called_name(self.node) in _PARTS_BY_SIZE
+        return self._part_count() if by_size else self._length(value)
 
     def _length(self, value: Any) -> int:
         if isinstance(value, torch.Tensor):
@@ -118,22 +123,34 @@ class ApotProxy(fx.Proxy):
             return iter(list(value))
         if not hasattr(value, "__len__"):
             raise TypeError(f"{type(value).__name__!r} object is not iterable")
+        if called_name(self.node) in _PARTS_BY_SIZE and not _unpacked(sys._getframe(1)):
+            return iter(members(self, self._part_count()))
         return iter(members(self, self._length(value)))
 
     def _unpack(self, frame: Any) -> Iterator[Any]:
-        """``a, b = x`` says how many there are."""
-        import dis
+        count = _unpacked(frame)
+        return iter(members(self, count)) if count else self.tracer.iter(self)
 
-        for inst in dis.get_instructions(frame.f_code):
-            if inst.offset == frame.f_lasti and inst.opname == "UNPACK_SEQUENCE":
-                return iter(members(self, int(inst.argval)))
-        return self.tracer.iter(self)
+    def _part_count(self) -> int:
+        """How many parts a tensor was split into, which hangs on its size."""
+        made = self.tracer.create_proxy("call_function", len, (self,), {})
+        assert isinstance(made, ApotProxy)
+        count: int = self.tracer.decide(made, made.value)
+        return count
 
     def __contains__(self, item: Any) -> bool:
         value = self.value
         if isinstance(value, Mapping):
             return item in value
         raise Untraceable("`in` of a traced value")
+
+
+def _unpacked(frame: Any) -> int:
+    """How many names ``a, b = x`` unpacks into where a frame stands; 0 where it does not."""
+    for inst in dis.get_instructions(frame.f_code):
+        if inst.offset == frame.f_lasti and inst.opname == "UNPACK_SEQUENCE":
+            return int(inst.argval)
+    return 0
 
 
 class ApotAttribute(ApotProxy):
@@ -156,6 +173,23 @@ class ApotAttribute(ApotProxy):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.tracer.create_proxy("call_method", self.attr, (self.root, *args), kwargs)
+
+
+class TrainingFlag(int):
+    """Stands in for ``module.training`` while tracing, and knows whose it is."""
+
+    owner: str
+    branched: Callable[[str, str], None]
+
+    def __new__(cls, value: bool, owner: str, branched: Callable[[str, str], None]) -> TrainingFlag:
+        flag = super().__new__(cls, value)
+        flag.owner, flag.branched = owner, branched
+        return flag
+
+    def __bool__(self) -> bool:
+        frame = traceback.extract_stack(limit=2)[0]
+        self.branched(self.owner, f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}")
+        return int(self) != 0
 
 
 def _attribute(value: Any, name: str) -> Any:
@@ -201,6 +235,14 @@ def value_isinstance(value: object, kinds: Any) -> bool:
     return isinstance(value, kinds)
 
 
+def admitting_isinstance(value: object, kinds: Any) -> bool:
+    """The same, but who asks whether it is being traced is told so.
+
+    Transformers asks, and then builds attention masks whatever their values.
+    """
+    return (kinds is fx.Proxy and is_proxy(value)) or value_isinstance(value, kinds)
+
+
 def holds_proxy(values: Iterable[Any]) -> bool:
     """Whether a proxy is among values or the members of their tuples, lists, dicts and slices."""
     return any(
@@ -231,6 +273,8 @@ def hangs_on(node: fx.Node, values: Mapping[fx.Node, Any]) -> str:
 def _own_kind(node: fx.Node, values: Mapping[fx.Node, Any]) -> str | None:
     """What a node brings in by itself; None where its inputs say it."""
     source = node.args[0] if node.args else None
+    if node.target is len:
+        return SIZE
     of_tensor = isinstance(source, fx.Node) and isinstance(values.get(source), torch.Tensor)
     if node.op == "call_function" and node.target is getattr and of_tensor:
         return SIZE if node.args[1] in _SIZE_ATTRIBUTES else FIXED

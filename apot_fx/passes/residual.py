@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 
 from ..config import ActivationSpec, QConfigMapping
-from ..graph import argument, called_module, called_name, free_name, value_kind
+from ..graph import argument, called_module, called_name, free_name, set_submodule, value_kind
 from ..nn import Pool, PreparedAdd, PreparedOp, PreparedPool
 from .annotate import PLAN, LayerPlan
 from .base import Pass
@@ -43,38 +43,46 @@ class QuantizeResiduals(Pass):
             if node.meta.get("pinned") or node.meta.get("keep"):
                 continue
             if is_add(node):
-                _replace(stage, node, "apot_add", PreparedAdd(), (node.args[0], node.args[1]), spec)
+                if _feeds_softmax(stage, node):
+                    report.leave(node, "a softmax reads it: one operand is a mask, maybe of -inf")
+                    continue
+                both = (node.args[0], node.args[1])
+                name = free_name(stage, "apot_add")
+                put_operator(stage, node, name, PreparedAdd(), both, LayerPlan(None, spec))
                 report.change(node, f"add on {spec.describe()}")
                 continue
             pool = pool_of(stage, node)
             if pool is not None:
                 source = argument(node, 0, "input")
-                _replace(stage, node, "apot_pool", PreparedPool(pool), source, spec)
+                name, plan = free_name(stage, "apot_pool"), LayerPlan(None, spec)
+                put_operator(stage, node, name, PreparedPool(pool), source, plan)
                 report.change(node, f"average pool on {spec.describe()}")
 
 
-def _replace(
-    stage: StageModule,
-    node: fx.Node,
-    stem: str,
-    op: PreparedOp,
-    source: Any,
-    spec: ActivationSpec,
+def put_operator(
+    stage: StageModule, node: fx.Node, name: str, op: PreparedOp, source: Any, plan: LayerPlan
 ) -> None:
-    name = free_name(stage, stem)
-    stage.add_module(name, op.train(stage.training))
+    """Let a node call an operator on ``source``, a value or a tuple of them."""
+    before = called_module(stage, node)
+    set_submodule(stage, name, op.train((before or stage).training))
     node.op, node.target, node.args, node.kwargs = "call_module", name, (source,), {}
-    node.meta[PLAN] = LayerPlan(None, spec)
+    node.meta[PLAN] = plan
     set_info(node, layer=name)
 
 
 def is_add(node: fx.Node) -> bool:
-    """``a + b`` of two computed tensors (not of a parameter, buffer or number)."""
+    """``a + b`` of two tensors, one of which at least is no parameter or buffer itself."""
     if node.target not in (operator.add, torch.add, "add") or node.kwargs or len(node.args) != 2:
         return False
-    return all(
-        isinstance(arg, fx.Node) and arg.op != "get_attr" and value_kind(arg) == "tensor"
-        for arg in node.args
+    operands = [arg for arg in node.args if isinstance(arg, fx.Node)]
+    tensors = [arg for arg in operands if value_kind(arg) == "tensor"]
+    return len(tensors) == 2 and any(arg.op != "get_attr" for arg in tensors)
+
+
+def _feeds_softmax(stage: nn.Module, node: fx.Node) -> bool:
+    modules = [called_module(stage, user) for user in node.users]
+    return any(isinstance(module, (nn.Softmax, nn.LogSoftmax)) for module in modules) or any(
+        called_name(user) in ("softmax", "log_softmax", "_softmax") for user in node.users
     )
 
 

@@ -12,13 +12,13 @@ from ..config import ActivationSpec
 from .annotate import plan_of
 from .base import Pass
 from .functionalize import is_functional
-from .index_ops import index_op, is_non_negative
+from .index_ops import index_op, non_negative
 from .report import PassReport
 from .stage import StageModule, inputs_of
 
-#: ``node.meta`` key of a layer's call: number of its fake-quant.
-GROUP = "apot_group"
-#: ``node.meta`` key of a layer's call: whether the graph proves its input non-negative.
+#: ``node.meta`` key of a layer's call: number of each input's fake-quant.
+GROUPS = "apot_groups"
+#: ``node.meta`` key of a layer's call: whether the graph proves each input non-negative.
 UNSIGNED = "apot_unsigned"
 
 Root = tuple[fx.Node, ActivationSpec]
@@ -32,27 +32,28 @@ class Share(Pass):
 
     def run(self, stage: StageModule, report: PassReport) -> None:
         groups = _Groups()
-        edges: list[tuple[fx.Node, Root]] = []
+        edges: list[tuple[fx.Node, list[Root]]] = []
         for node in stage.graph.nodes:
             plan = plan_of(node)
             if plan is None or plan.activation is None:
                 continue
-            roots = [
-                (root, plan.activation)
-                for source in inputs_of(node)
-                for root in roots_of(stage, source)
-            ]
-            for root in roots:
-                groups.join(roots[0], root)
-            edges.append((node, roots[0]))
+            firsts: list[Root] = []
+            for source in inputs_of(node):
+                roots = [(root, plan.activation) for root in roots_of(stage, source)]
+                firsts.append(roots[0])
+                for root in roots:
+                    groups.join(firsts[-1 if plan.apart else 0], root)
+            edges.append((node, firsts))
+        positive, members = non_negative(stage), groups.members()
         numbers: dict[Root, int] = {}
-        for node, root in edges:
-            group = groups.find(root)
-            node.meta[GROUP] = numbers.setdefault(group, len(numbers))
-            node.meta[UNSIGNED] = all(
-                is_non_negative(stage, member) for member, _ in groups.members(group)
+        for node, firsts in edges:
+            found = [groups.find(root) for root in firsts]
+            node.meta[GROUPS] = tuple(numbers.setdefault(group, len(numbers)) for group in found)
+            node.meta[UNSIGNED] = tuple(
+                all(member in positive for member, _ in members[group]) for group in found
             )
-            report.change(node, f"reads activation_post_process_{node.meta[GROUP]}")
+            names = (f"activation_post_process_{n}" for n in dict.fromkeys(node.meta[GROUPS]))
+            report.change(node, f"reads {', '.join(names)}")
 
 
 def roots_of(stage: StageModule, node: fx.Node) -> list[fx.Node]:
@@ -87,5 +88,9 @@ class _Groups:
     def join(self, first: Root, second: Root) -> None:
         self._parent[self.find(second)] = self.find(first)
 
-    def members(self, group: Root) -> list[Root]:
-        return [root for root in self._parent if self.find(root) == group]
+    def members(self) -> dict[Root, list[Root]]:
+        """All roots, by their group."""
+        found: dict[Root, list[Root]] = {}
+        for root in self._parent:
+            found.setdefault(self.find(root), []).append(root)
+        return found

@@ -14,6 +14,7 @@ import io
 import pickle
 from collections import OrderedDict
 from collections.abc import Mapping
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from torch import fx, nn
 from ..batches import Forward
 from ..errors import StateError, TensorError, did_you_mean
 from ..fake_quant import FakeQuantize
+from ..graph import argument
 from .report import PassReport
 
 META = "apot"
@@ -65,6 +67,7 @@ class StageInfo:
     origin: type[nn.Module]  # the user's class
     reports: list[PassReport] = dataclasses.field(default_factory=list)
     opaque: dict[str, str] = dataclasses.field(default_factory=dict)  # untraced module → why
+    ids: int = 0  # how many provenance ids its nodes have been given
     work: Work | None = None  # of calibrate's first batch
     forward: Forward | None = None  # how calibrate ran a batch; not pickled
 
@@ -89,15 +92,26 @@ def set_info(node: fx.Node, base: NodeInfo | None = None, **changes: Any) -> Non
 
 def inputs_of(node: fx.Node) -> tuple[fx.Node, ...]:
     """The values an operator call computes from: its first argument, or that tuple's members."""
-    first = node.args[0] if node.args else None
-    members = first if isinstance(first, (tuple, list)) else (first,)
-    return tuple(member for member in members if isinstance(member, fx.Node))
+    return tuple(value for value in as_tuple(argument(node, 0, "")) if isinstance(value, fx.Node))
+
+
+def grids_of(node: fx.Node) -> tuple[tuple[fx.Node, fx.Node | None], ...]:
+    """For each input of a prepared call the fake-quant module that is passed along with it."""
+    inputs = inputs_of(node)
+    return tuple(zip_longest(inputs, as_tuple(argument(node, 1, ""))[: len(inputs)]))
+
+
+def as_tuple(value: Any) -> tuple[Any, ...]:
+    """A tuple itself, and one of anything else: inputs come alone or as a tuple."""
+    return tuple(value) if isinstance(value, (tuple, list)) else (value,)
 
 
 def next_id(graph: fx.Graph) -> int:
-    """A provenance id that no node of the graph has."""
-    used = (info(node).id for node in graph.nodes)
-    return max((number for number in used if number is not None), default=-1) + 1
+    """A provenance id that no node of a stage's graph has had."""
+    stage = graph.owning_module
+    assert isinstance(stage, StageModule)
+    stage.apot.ids += 1
+    return stage.apot.ids - 1
 
 
 #: Ends of the names under which nn.Module keeps hooks: the user's travel along.

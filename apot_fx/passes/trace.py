@@ -10,6 +10,7 @@ function (``opaque_call``) or a submodule.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ..errors import TraceError
 from ..graph import KIND, user_line
 from .attempts import Attempts, opaque_functions
 from .example import Call
-from .patches import AskingValues, recording_factories
+from .patches import AskingValues, recording_factories, tracing_into_wrapped
 from .proxy import Untraceable
 from .purity import Attributes, random_state, watching_globals
 from .report import PassReport
@@ -34,12 +35,15 @@ def trace(
     leaf_modules: Iterable[type[nn.Module] | str] = (),
     refused_lines: Iterable[str] = (),
     settles_sizes: bool = True,
+    admits: bool = True,
 ) -> StageModule:
     """Trace ``model`` (taken over, not copied) into a stage of kind ``"traced"``.
 
     ``refused_lines``: ``file.py:12``, decisions that the example does not settle.
-    ``settles_sizes``: whether it settles decisions on sizes (under a guard in the graph). Raises
-    TraceError where the model's own forward can't be followed.
+    ``settles_sizes``: whether it settles decisions on sizes (under a guard in the graph).
+    ``admits``: whether code that asks if it is being traced is told so.
+
+    Raises TraceError where the model's own forward can't be followed.
     """
     example = None if example_inputs is None else Call.of(example_inputs)
     if example is not None:
@@ -50,7 +54,7 @@ def trace(
         tracer = ApotTracer([*leaf_modules, *attempts.modules])
         tracer.example = None if example is None else example.copied()
         tracer.refused_lines = frozenset(refused_lines)
-        tracer.settles_sizes = settles_sizes
+        tracer.settles_sizes, tracer.admits = settles_sizes, admits
         branches: list[tuple[str, str]] = []
         try:
             graph = _attempt(model, tracer, attempts, branches)
@@ -66,7 +70,7 @@ def trace(
             _settle_changed(model, attempts, changed)
             continue
         both_ways = _switched_without_layers(model, branches)
-        if both_ways:
+        if both_ways.keys() - attempts.modules.keys():  # else it is no call of it that decides
             attempts.modules.update(both_ways)
             continue
         model._modules.update(kept)
@@ -109,12 +113,13 @@ def _attempt(
         if not tracer.concrete:
             branches.append((owner, line))
 
-    asking = AskingValues()
+    asking = AskingValues(tracer.admits)
     with (
         torch.random.fork_rng(enabled=tracer.example is not None),
         training_flags(model, branched),
         recording_factories(tracer),
         opaque_functions(tracer, attempts),
+        tracing_into_wrapped() if tracer.example is not None else nullcontext(),
         watching_globals(tracer.notice_outside_state, asking.visit),
     ):
         before = random_state()
@@ -146,6 +151,7 @@ def _as_stage(
             node.meta[KIND] = _kind(tracer.values[node])
     stage = StageModule(model, graph, "traced")
     stage.apot.opaque.update(attempts.modules)
+    stage.apot.ids = len(graph.nodes)
     report = PassReport("trace")
     for name, why in attempts.modules.items():
         report.leave(name, why)

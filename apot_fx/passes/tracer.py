@@ -67,6 +67,7 @@ class ApotTracer(fx.Tracer):
         self.in_function = ""  # the opaque function that runs on the example's values
         self.refused: list[Callable[..., Any]] = []  # functions that can't be called as a whole
         self.settles_sizes = True  # whether a decision on sizes may be taken as the example does
+        self.admits = True  # whether code that asks is told that it is being traced
         self.refused_lines: frozenset[str] = frozenset()  # whose decisions can't be kept
 
     # Values of the example
@@ -137,7 +138,7 @@ class ApotTracer(fx.Tracer):
             raise Untraceable("a Python decision on tensor values")
         line = _user_frame()
         if line in self.refused_lines:
-            raise Untraceable("a Python decision that other batch sizes turn")
+            raise Untraceable("a Python decision that other sizes turn")
         if not self.settles_sizes and self.hangs_on(condition.node) == SIZE:
             raise Untraceable("a Python decision on a size, in a module that Python code calls")
         if not any(user.target is check_decision for user in condition.node.users):
@@ -181,6 +182,8 @@ class ApotTracer(fx.Tracer):
             if self.in_function and next(m.parameters(), None) is not None:
                 raise Untraceable(f"{self.in_function} calls layers")
             return forward(*args, **kwargs)
+        if not self._is_registered(m) and not m.state_dict():
+            return forward(*args, **kwargs)  # made on the way: nothing but its forward
         name = self.path_of_module(m)
         if self.is_leaf_module(m, name):
             return super().call_module(m, forward, args, kwargs)
@@ -200,6 +203,9 @@ class ApotTracer(fx.Tracer):
         finally:
             self.inside.pop()
 
+    def _is_registered(self, module: nn.Module) -> bool:
+        return module in (self.submodule_paths or {})
+
     def path_of_module(self, mod: nn.Module) -> str:
         try:
             return super().path_of_module(mod)
@@ -214,7 +220,7 @@ class ApotTracer(fx.Tracer):
         """Record a call of a Python function that can't be followed."""
         try:
             stripped = pytree.tree_map(self._stripped, (args, kwargs), is_leaf=is_proxy)
-            call = OpaqueCall(function, *stripped)
+            call = OpaqueCall(function, *stripped).train(int(self.root.training) != 0)
             name = free_name(self.root, f"opaque_{function.__name__.strip('_')}")
             self.root.add_module(name, call)
             self.opaque.append(name)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,26 +9,10 @@ from typing import Any
 from torch import fx, nn
 
 from .opaque_call import OpaqueCall
+from .proxy import TrainingFlag
 
 #: ``node.meta`` key: which module's training flag the call follows.
 TRAINING_OF = "apot_training_of"
-
-
-class TrainingFlag(int):
-    """Stands in for ``module.training`` while tracing, and knows whose it is."""
-
-    owner: str
-    branched: Callable[[str, str], None]
-
-    def __new__(cls, value: bool, owner: str, branched: Callable[[str, str], None]) -> TrainingFlag:
-        flag = super().__new__(cls, value)
-        flag.owner, flag.branched = owner, branched
-        return flag
-
-    def __bool__(self) -> bool:
-        frame = traceback.extract_stack(limit=2)[0]
-        self.branched(self.owner, f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}")
-        return int(self) != 0
 
 
 @contextmanager

@@ -16,7 +16,8 @@ from ..fake_quant import LEARNING, FakeQuantize
 from ..nn import PreparedWeighted
 from ..passes.stage import Work
 from ..passes.tree import stage_info, standalone
-from .floats import parameter_reads
+from ..values import tensors_in
+from .reads import parameter_reads
 from .work import counting_work
 
 
@@ -69,6 +70,9 @@ def _run(
         first = next(runs, None)
     if first is None:
         return 0, None
+    if forward is None and not tensors_in(first[1]):
+        kind = type(first[1]).__name__
+        raise CalibrationError(f"the model gives no tensor but a {kind}")
     for path, layer in standalone(prepared).items():
         if path in reads and isinstance(layer, PreparedWeighted):
             layer.read_at = reads[path]

@@ -13,12 +13,14 @@ import dataclasses
 from torch import nn
 
 from ..errors import GuardError, TraceError
+from ..graph import called_module
 from ..nn import is_standalone_type
 from ..passes import run_passes, trace
 from ..passes.annotate import OuterLayers, has_weights
 from ..passes.example import Call
 from ..passes.exported import taken_over
 from ..passes.functionalize import Functionalize
+from ..passes.opaque_call import OpaqueCall
 from ..passes.stage import StageModule
 from ..passes.tree import joined
 from .floats import Calls, calls_inside, check_bits, resized
@@ -43,7 +45,7 @@ class Captured:
 def capture(model: nn.Module, call: Call | None, in_graphs: bool = True) -> Captured:
     """Capture a model, which keeps its modules, attributes and values.
 
-    ``call``: example inputs, by which every graph is verified, with another batch size too.
+    ``call``: example inputs, by which every graph is verified, with other sizes too.
     ``in_graphs=False`` keeps all of the user's code in Python: only standalone layers are found.
     """
     search = _Search(in_graphs)
@@ -94,9 +96,14 @@ class _Search:
             raise TraceError("it is called with arguments of several kinds")
         writing = [m for m in module.modules() if getattr(m, "inplace", False) is True]
         refused: set[str] = set()
+        admits = calls is not None
         while True:
             try:
-                return _verified(path, module, calls, refused)
+                stage = _verified(path, module, calls, refused, admits)
+                if not refused or calls is None or not _loses_layers(stage, calls):
+                    return stage
+                # Rather guarded sizes than float layers.
+                return _verified(path, module, calls.first, set(), admits)
             except GuardError as guard:
                 _set_inplace(writing)
                 if not guard.line or guard.line in refused:
@@ -104,7 +111,9 @@ class _Search:
                 refused.add(guard.line)
             except TraceError:
                 _set_inplace(writing)
-                raise
+                if not admits:
+                    raise
+                admits = False  # its code may compute otherwise once it knows of the trace
 
     def _inside(self, path: str, module: nn.Module, calls: Calls | None) -> dict[str, Calls] | None:
         """How a module calls what is below it, by relative path; None without an example."""
@@ -157,17 +166,36 @@ class _Search:
             self._visit_children(full, module, own, outer.of(nodes, ends))
 
 
-def _verified(path: str, module: nn.Module, calls: Calls | None, refused: set[str]) -> StageModule:
+def _verified(
+    path: str, module: nn.Module, calls: Calls | None, refused: set[str], admits: bool
+) -> StageModule:
     example = None if calls is None else calls.examples[0]
     traced = taken_over(module)
     if traced is None:
-        traced = trace(module, example, refused_lines=refused, settles_sizes=not path)
+        traced = trace(module, example, (), refused, settles_sizes=not path, admits=admits)
     stage = run_passes(traced, [Functionalize()])
     if calls is not None:
         check_bits(stage, module, calls)
     elif path and any(n.meta.get("keep") for n in stage.graph.nodes if n.op == "call_function"):
         raise TraceError("how its caller sets its options is not known without example_inputs")
     return stage
+
+
+def _loses_layers(stage: StageModule, calls: Calls) -> bool:
+    """Whether code that stays Python uses weights of layers, which then stay float."""
+    owners = {
+        f"{path}.{name}"
+        for path, layer in stage.named_modules()
+        if has_weights(layer)
+        for name, _ in layer.named_parameters(recurse=False)
+    }
+    for node in stage.graph.nodes:
+        if isinstance(called_module(stage, node), OpaqueCall):
+            read = {str(n.target) for n in node.all_input_nodes if n.op == "get_attr"}
+            if read & owners:
+                return True
+    leaves = [stage.get_submodule(leaf) for leaf in stage.apot.opaque]
+    return any(map(_holds_layers, leaves)) and bool(calls_inside(stage, calls)[1])
 
 
 def _set_inplace(modules: list[nn.Module]) -> None:

@@ -28,9 +28,12 @@ from ..nn import (
 )
 from ..passes import convert_passes, keep_passes, run_passes
 from ..passes.functional_layers import computed_operands
+from ..passes.stage import grids_of
 from ..passes.tree import joined, stage_info, stages, standalone
 from .tied import share_packed, shared_fake_quants
 
+#: So many layers are named by one error.
+_NAMED = 8
 BACKENDS = ("auto", "reference")
 
 
@@ -118,13 +121,14 @@ def _input_quants(prepared: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]
     for path, stage in stages(prepared).items():
         for node in stage.graph.nodes:
             layer = called_module(stage, node)
-            if not isinstance(layer, PreparedOp) or layer.standalone or len(node.args) < 2:
+            if not isinstance(layer, PreparedOp) or layer.standalone:
                 continue
-            if node.args[1] is not None:
-                name = str(node.args[1].target)
-                quant = stage.get_submodule(name)
+            own = joined(path, str(node.target))
+            for module in (module for _, module in grids_of(node) if module is not None):
+                quant = stage.get_submodule(str(module.target))
                 assert isinstance(quant, FakeQuantize)
-                yield joined(path, str(node.target)), joined(path, name), quant
+                yield own, joined(path, str(module.target)), quant
+            yield from ((own, name, quant) for name, quant in input_fake_quants(layer).items())
     for path, op in standalone(prepared).items():
         assert isinstance(op, PreparedOp)
         if isinstance(op, PreparedWeighted) and op.read_at:
@@ -140,10 +144,12 @@ def _check_calibrated(prepared: nn.Module) -> None:
             seen = "was observed but not frozen" if quant.seen else "never ran"
             waiting.append(f"{layer} (its {name} {seen})")
     if waiting:
+        more = f" and {len(waiting) - _NAMED} more" if len(waiting) > _NAMED else ""
         raise CalibrationError(
-            f"convert_apot: still observing: {', '.join(waiting)}; run apot_fx.calibrate(prepared, "
-            "batches), or apot_fx.freeze(prepared) after a loop of your own; a layer that never "
-            "runs stays float with QConfigMapping.set_module_name(layer, None)"
+            f"convert_apot: still observing: {', '.join(waiting[:_NAMED])}{more}; run "
+            "apot_fx.calibrate(prepared, batches), or apot_fx.freeze(prepared) after a loop of "
+            "your own; a layer that never runs stays float with "
+            "QConfigMapping.set_module_name(layer, None)"
         )
 
 

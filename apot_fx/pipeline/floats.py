@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -15,9 +14,9 @@ from torch import nn
 from ..batches import evaluating
 from ..errors import GuardError, ModelError, TraceError
 from ..fake_quant import FakeQuantize
-from ..passes.annotate import has_weights
 from ..passes.example import Call
 from ..values import members, same_bits
+from .reads import parameter_reads
 
 #: Random state of every run that is compared.
 _SEED = 20
@@ -34,13 +33,13 @@ class Calls:
 
     @classmethod
     def of(cls, calls: list[Call]) -> Calls:
-        kinds = [_kind_of(call) for call in calls]
+        kinds = [_kind_of((call.args, call.kwargs)) for call in calls]
         return cls(tuple(calls[:_EXAMPLES]), all(kind == kinds[0] for kind in kinds))
 
-    def joined(self, more: Calls) -> Calls:
-        """These calls and more of them."""
-        both = Calls.of([*self.examples, *more.examples])
-        return Calls(both.examples, both.alike and self.alike and more.alike)
+    @property
+    def first(self) -> Calls:
+        """The first call alone."""
+        return Calls(self.examples[:1], self.alike)
 
 
 def _kind_of(value: Any) -> Any:
@@ -75,10 +74,10 @@ def with_outputs(model: nn.Module, call: Call) -> Call:
 
 
 def resized(model: nn.Module, call: Call) -> list[Call]:
-    """A call with another batch size and what it gives, where the float model takes it."""
-    other = call.resized()
-    with suppress(Exception):
-        return [dataclasses.replace(other, outputs=outputs(model, other))]
+    """A call with other sizes and what it gives: the first that the float model takes."""
+    for other in call.resized():
+        with suppress(Exception):
+            return [dataclasses.replace(other, outputs=outputs(model, other))]
     return []
 
 
@@ -145,51 +144,12 @@ def calls_inside(model: nn.Module, calls: Calls) -> tuple[dict[str, Calls], dict
     return {path: Calls(tuple(calls), alike[path]) for path, calls in found.items()}, reads
 
 
-@contextmanager
-def parameter_reads(model: nn.Module) -> Iterator[dict[str, str]]:
-    """While open, note which layers' parameters are read by other code than their own forward."""
-    paths = {id(m): path for path, m in model.named_modules() if has_weights(m)}
-    running: list[nn.Module] = []
-    reads: dict[str, str] = {}
-    get = nn.Module.__getattr__
-
-    def watched(self: nn.Module, name: str) -> Any:
-        value = get(self, name)
-        if isinstance(value, nn.Parameter) and id(self) in paths and self not in running:
-            frame = sys._getframe(1)
-            name = frame.f_code.co_filename
-            # Torch's hooks compute the layer's own weight; a graph's reads outlive packing.
-            if not name.startswith("<eval_with_key>") and "/torch/nn/utils/" not in name:
-                line = f"{name.rsplit('/', 1)[-1]}:{frame.f_lineno}"
-                reads.setdefault(paths[id(self)], line)
-        return value
-
-    def enter(module: nn.Module, args: Any) -> None:
-        running.append(module)
-
-    def leave(module: nn.Module, args: Any, result: Any) -> None:
-        running.remove(module)
-
-    handles = []
-    for module in model.modules():
-        if id(module) in paths:
-            handles.append(module.register_forward_pre_hook(enter))
-            handles.append(module.register_forward_hook(leave, always_call=True))
-    nn.Module.__getattr__ = watched  # type: ignore[method-assign]
-    try:
-        yield reads
-    finally:
-        nn.Module.__getattr__ = get  # type: ignore[method-assign]
-        for handle in handles:
-            handle.remove()
-
-
 def _recorder(
     found: dict[str, list[Call]], alike: dict[str, bool], path: str
 ) -> Callable[..., None]:
     def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls = found.setdefault(path, [])
-        same = not calls or _kind_of(calls[0]) == _kind_of(Call(args, kwargs))
+        same = not calls or _kind_of((calls[0].args, calls[0].kwargs)) == _kind_of((args, kwargs))
         alike[path] = alike.get(path, True) and same
         if len(calls) < _EXAMPLES or (len(calls) < _EXAMPLES + 1 and not same):
             calls.append(Call(args, kwargs).copied())

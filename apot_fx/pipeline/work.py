@@ -8,12 +8,24 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ..nn import PreparedLayer, PreparedOp, PreparedRecurrent, TransposedProduct
 from ..passes.stage import Work
 
 _PRODUCTS = ("bmm", "baddbmm", "attention")
+
+
+def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
+    flops: int = sdpa_flop_count(query, key, value)
+    return flops
+
+
+#: Torch's counter knows only the attention of GPUs.
+_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.aten._scaled_dot_product_attention_math: _attention_flops,
+}
 
 
 @contextmanager
@@ -23,7 +35,7 @@ def counting_work(prepared: nn.Module) -> Iterator[Work]:
     Torch's own counter sees float ops; quantized layers are counted by their shapes, and what torch
     counts inside of them is put back.
     """
-    work, counter = Work(), FlopCounterMode(display=False)
+    work, counter = Work(), FlopCounterMode(display=False, custom_mapping=_ATTENTION)
     counter.mod_tracker = _Everywhere()  # type: ignore[assignment]
     handles = []
     for module in prepared.modules():

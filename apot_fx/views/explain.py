@@ -9,7 +9,9 @@ from torch import fx, nn
 from ..errors import ConfigError, did_you_mean
 from ..fake_quant import OBSERVING, FakeQuantize
 from ..graph import called_module, describe_call, value_kind
+from ..levels import LevelSet
 from ..nn import (
+    ConvertedAttention,
     ConvertedOp,
     ConvertedRecurrent,
     ConvertedWeighted,
@@ -22,7 +24,8 @@ from ..nn import (
 )
 from ..passes.functional_layers import constants
 from ..passes.index_ops import bounds
-from ..passes.stage import StageModule, info
+from ..passes.opaque_call import OpaqueCall
+from ..passes.stage import StageModule, as_tuple, grids_of, info
 from ..passes.tree import joined, stage_info, stages, standalone
 from ..table import Table
 from .coverage import coverage_notes
@@ -114,6 +117,12 @@ def _row(stage: StageModule, call: fx.Node, reasons: dict[str, str]) -> dict[str
     if isinstance(module, ConvertedWeighted):
         inputs = str(module.input_levels or module.float_input)
         return _cells(name, module.kind, "integer", str(module.weight.level_set), inputs)
+    if isinstance(module, (PreparedOp, ConvertedOp)):
+        return _operator_row(stage, call, module)
+    if isinstance(module, OpaqueCall):
+        called = f"{module.function.__name__.strip('_')}()"
+        why = reasons.get(f"{module.function.__name__}()", "left as one call")
+        return _cells(name, called, "float", why=_with_remedy(why))
     op = describe_call(stage, call)
     if found.quantizer:
         return _cells(name, op, "index", why=f"carries indices of {found.quantizer}")
@@ -146,6 +155,26 @@ def _standalone_row(path: str, layer: PreparedOp | ConvertedOp, own: str) -> dic
     else:
         weight = next(iter(layer.weight_fake_quants.values())).spec.describe()
     return _cells(path, layer.kind, "quantized", weight, inputs, own)
+
+
+def _operator_row(
+    stage: StageModule, call: fx.Node, op: PreparedOp | ConvertedOp
+) -> dict[str, object]:
+    """An operator without a weight: what each of its inputs lies on."""
+    name = str(call.target)
+    if isinstance(op, ConvertedOp):
+        specs = as_tuple(op.input_spec)
+        levels = [str(LevelSet.parse(spec)) if spec else "float" for spec in specs]
+        own = [str(op.quantize.level_set)] if isinstance(op, ConvertedAttention) else []
+        return _cells(name, op.kind, "integer", inputs=_inputs(levels, own))
+    quants = [stage.get_submodule(str(m.target)) for _, m in grids_of(call) if m is not None]
+    grids = [_describe(quant) for quant in quants if isinstance(quant, FakeQuantize)]
+    own = [_describe(quant) for quant in input_fake_quants(op).values()]
+    return _cells(name, op.kind, "quantized", inputs=_inputs(grids, own))
+
+
+def _inputs(grids: list[str], own: list[str]) -> str:
+    return " x ".join(grids) + "".join(f"; softmax {grid}" for grid in own)
 
 
 def _prepared_row(stage: StageModule, call: fx.Node, layer: PreparedLayer) -> dict[str, object]:

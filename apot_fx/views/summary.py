@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ..nn import ConvertedLayer, ConvertedWeighted, PreparedLayer, PreparedWeighted
+from ..nn import (
+    ConvertedLayer,
+    ConvertedPairOp,
+    ConvertedWeighted,
+    PreparedLayer,
+    PreparedPairOp,
+    PreparedWeighted,
+)
 from ..passes.tree import stage_info
 from ..table import Table
 
@@ -30,6 +37,8 @@ def summary(stage: nn.Module) -> Table:
     packed = floats = 0
     seen: set[int] = set()
     for name, layer in stage.named_modules():
+        if isinstance(layer, (PreparedPairOp, ConvertedPairOp)):
+            rows.append(_pair_row(name, layer))
         if not isinstance(layer, (PreparedWeighted, ConvertedWeighted)):
             continue
         row = _row(name, layer)
@@ -44,6 +53,14 @@ def summary(stage: nn.Module) -> Table:
     if packed:
         notes.append(f"quantized weights: {packed:,} bytes, {floats / packed:.2f}x below float32")
     return Table(_COLUMNS, rows, title=f"{known.origin.__name__}: {known.kind}", notes=notes)
+
+
+def _pair_row(name: str, op: PreparedPairOp | ConvertedPairOp) -> dict[str, object]:
+    """A product of activations: it stores nothing but its scales."""
+    inputs, stored = "see explain", 0
+    if isinstance(op, ConvertedPairOp):
+        inputs, stored = " x ".join(map(str, op.input_levels)), 4 * op.s.numel()
+    return dict(zip(_COLUMNS, (name, op.kind, "", "", "", stored, 0, inputs), strict=True))
 
 
 def _row(name: str, layer: PreparedWeighted | ConvertedWeighted) -> dict[str, object]:

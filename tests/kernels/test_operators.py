@@ -45,6 +45,13 @@ def samples() -> dict[str, list[tuple[Any, ...]]]:
         "pack": [(index, 4), (index.short(), 11)],
         "unpack": [(OPS.pack(index, 4), 4, [2, 4, 5, 6]), (OPS.pack(index, 9), 9, [240])],
         "linear": [(flat, fw, s, b, False), (flat[0], fw, s, b, True)],
+        "matmul": [
+            (levels, levels.transpose(2, 3), one, False), (flat[0], flat[1], one, True),
+            (flat, fw.t(), one, False),
+        ],
+        "einsum": [
+            (levels, levels, one, "bhid,bhjd->bhij", False), (flat, fw, one, "ij,kl->il", True),
+        ],
         "linear_grouped": [(flat, fw, torch.rand(4, 3), b, 8, False)],
         "linear_weight_only": [(flat, fw, torch.rand(4, 2), b, 16), (flat, fw, s, b, 20)],
         "conv": [

@@ -120,9 +120,17 @@ def later_reshape(self: Any, x: torch.Tensor) -> Any:
     return y.reshape(-1) + y.flatten().sum()
 
 
+def logic(self: Any, x: torch.Tensor) -> Any:
+    """``operator.or_`` and ``and_`` end in an underscore and write nothing."""
+    low, high = x < 0.5, x > -0.5
+    either = low & high | (x > 1)
+    either |= low
+    return x * either + high
+
+
 FUNCTIONAL = [
     relu_through_view, slice_add, set_items, chunks, module_twice, identity_alias, residual,
-    view_of_view, argument, expand, fill, numbers, pooled_inplace, later_reshape,
+    view_of_view, argument, expand, fill, numbers, pooled_inplace, later_reshape, logic,
 ]  # fmt: skip
 
 

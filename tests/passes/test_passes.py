@@ -407,3 +407,13 @@ def test_residual_adds_and_pools_on_indices() -> None:
     Kinds(converted).run(torch.randn(2, 4, 6, 6))
     assert set(seen) == {torch.uint8}  # integers from the input's quantizer to the head
     assert sum(isinstance(m, ConvertedOp) for m in converted.modules()) == 6
+
+
+def test_batch_norm_behind_a_residual_add_stays() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.norm(self.a(x) + x))
+
+    config = QConfig(WeightSpec(4), ActivationSpec(4, residual=8))
+    stage = prepared(forward, config)
+    assert calls(stage, "norm") == ["norm"]
+    assert apot_fx.check_parity(stage, apot_fx.convert_apot(stage), [torch.randn(2, 4, 6, 6)]).ok
