@@ -28,6 +28,7 @@ class LayerCall:
     ``options``: arguments of its constructor. ``tensors``: the nodes of its parameters and buffers
     by name, None for those it does not have. ``training``: the flag in the call, if there is one.
     ``first``: the operator gives more than the layer, which gives the first of its values.
+    ``state``: what a recurrent layer starts from.
     """
 
     kind: type[nn.Module]
@@ -36,6 +37,7 @@ class LayerCall:
     tensors: dict[str, Any] = dataclasses.field(default_factory=dict)
     training: bool | None = None
     first: bool = False
+    state: Any = None
 
     @property
     def key(self) -> Any:
@@ -243,7 +245,9 @@ def _group_norm(node: fx.Node, bound: _Bound, shape: Shape) -> LayerCall | None:
         return None
     groups = bound.get("num_groups", bound.get("group"))
     options = {"num_groups": groups, "num_channels": shape(weight)[0], "eps": bound["eps"]}
-    return LayerCall(nn.GroupNorm, bound["input"], options, {"weight": weight, "bias": bound["bias"]})
+    return LayerCall(
+        nn.GroupNorm, bound["input"], options, {"weight": weight, "bias": bound["bias"]}
+    )
 
 
 def _embedding(node: fx.Node, bound: _Bound, shape: Shape) -> LayerCall | None:

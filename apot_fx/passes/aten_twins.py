@@ -1,4 +1,4 @@
-"""The torch function or Tensor method that computes what an operator call of an exported graph does.
+"""The torch function or Tensor method that computes what an exported graph's operator call does.
 
 A twin is taken only where, on the fake values that the export left in the graph, it dispatches to
 the very same operators with the same arguments: then it has the same bits. The few that are
@@ -56,7 +56,7 @@ def twin_of(node: fx.Node, first_only: bool) -> Twin | None:
     if written is not None:
         return written(node)
     for twin in _candidates(node, name, first_only):
-        if _same_calls(node, twin):
+        if runs_same(node, twin):
             return twin
     return None
 
@@ -69,7 +69,7 @@ def _candidates(node: fx.Node, name: str, first_only: bool) -> Iterator[Twin]:
         pool = getattr(functional, name.removesuffix("_with_indices"), None)
         if pool is not None:
             yield Twin("call_function", pool, node.args, dict(node.kwargs), first=True)
-    if not name.isidentifier() or name.startswith("_"):
+    if not name.isidentifier():
         return
     if not name.endswith("_"):
         for owner in (torch, functional):
@@ -126,7 +126,7 @@ class _Calls(TorchDispatchMode):
         return f"tensor {len(self.tensors) - 1}"
 
 
-def _same_calls(node: fx.Node, twin: Twin) -> bool:
+def runs_same(node: fx.Node, twin: Twin) -> bool:
     """Whether a twin runs the same operators on the node's fake values and gives the same."""
     called = operator_of(node)
     if called is None or any("val" not in source.meta for source in node.all_input_nodes):
@@ -155,7 +155,8 @@ def _run(
     calls = _Calls(list(values.values()))
     with torch.no_grad(), calls:
         result = function(own_args, own_kwargs)
-    return calls.calls, calls.describe(result)
+    # An operator gives a list where a function gives a tuple.
+    return calls.calls, calls.describe(tuple(result) if isinstance(result, list) else result)
 
 
 def _copied(value: Any) -> Any:
@@ -223,7 +224,10 @@ _RENAMED: dict[str, Callable[[fx.Node], Iterator[Twin]]] = {
 
 # Factories: torch's functions fill in options that change nothing, which the proof would not see
 
-_FACTORIES = "zeros ones full empty arange eye linspace rand randn scalar_tensor".split()
+_FACTORIES = (
+    "zeros ones full empty arange eye linspace rand randn randint scalar_tensor zeros_like "
+    "ones_like full_like empty_like rand_like randn_like"
+).split()
 
 
 def _factory(node: fx.Node, name: str) -> Twin:

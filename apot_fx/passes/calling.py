@@ -70,8 +70,9 @@ def add_inputs(old: fx.Graph, new: fx.Graph, made: dict[fx.Node, Any]) -> None:
             made[leaf] = new.node_copy(leaf)
     else:
         names, tree = codegen.pytree_info.orig_args, codegen.pytree_info.in_spec
-        positional, keywords = _children(tree)
-        specs = [*_children(positional), *_children(keywords)]
+        specs = _children(tree)
+        if [spec.type for spec in specs] == [tuple, dict]:
+            specs = [*_children(specs[0]), *_children(specs[1])]
         arguments = [new.placeholder(name) for name in names]
         pending = iter(leaves)
         for argument, spec in zip(arguments, specs, strict=True):

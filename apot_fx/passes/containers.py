@@ -25,7 +25,7 @@ class Containers:
     ``root``: the outermost; every tensor has its old key.
     """
 
-    def __init__(self, exported: fx.GraphModule) -> None:
+    def __init__(self, exported: fx.GraphModule, graph: fx.Graph) -> None:
         self.exported = exported
         self.root = Exported()
         self.layers: dict[Any, str] = {}  # what a layer computes on which tensors → its path
@@ -35,7 +35,7 @@ class Containers:
                 own._parameters.update(module._parameters)
                 own._buffers.update(module._buffers)
                 own._non_persistent_buffers_set |= module._non_persistent_buffers_set
-        for node in exported.graph.nodes:
+        for node in graph.nodes:
             if node.op == "get_attr":
                 self._add_constant(str(node.target))
 
@@ -56,7 +56,7 @@ class Containers:
         value = attribute_at(self.exported, target)
         owner = self._container(path)
         if isinstance(value, nn.Module):
-            owner._modules.setdefault(name, value)
+            owner._modules.setdefault(name, _plain(value))
         elif name not in owner._parameters and name not in owner._buffers:
             owner.register_buffer(name, value, persistent=False)
 
@@ -98,9 +98,8 @@ class Containers:
     def _put(self, path: str, call: LayerCall, tensors: dict[str, torch.Tensor]) -> None:
         home, layer = self.root.get_submodule(path), call.module()
         counter = home._buffers.get(_COUNTER)
-        for name in (*layer._parameters, *layer._buffers):
-            registry = layer._parameters if name in layer._parameters else layer._buffers
-            registry[name] = counter if name == _COUNTER else tensors.get(name)  # type: ignore[assignment]
+        for name in [*layer._parameters, *layer._buffers]:  # recurrent layers notice setattr
+            setattr(layer, name, counter if name == _COUNTER else tensors.get(name))
         layer._non_persistent_buffers_set |= home._non_persistent_buffers_set
         set_submodule(self.root, path, layer)
 
@@ -139,6 +138,15 @@ class Containers:
                 twin = next((m for m in live if _same_tensors(m, container)), None)
                 if twin is not None:
                     set_submodule(self.root, path, twin)
+
+
+def _plain(branch: nn.Module) -> nn.Module:
+    """A branch of ``torch.cond`` and the like without export's tracer, which pickles can't name."""
+    if not isinstance(branch, fx.GraphModule):
+        return branch
+    graph = fx.Graph()
+    graph.output(graph.graph_copy(branch.graph, {}))
+    return fx.GraphModule(branch, graph)
 
 
 def _same_tensors(layer: nn.Module, container: nn.Module) -> bool:

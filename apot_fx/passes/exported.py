@@ -15,15 +15,22 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.export._unlift import GuardsFn
-from torch.fx.graph import _PyTreeCodeGen
 
 from ..graph import KIND, free_name, user_line
 from .aten_layers import LayerCall, layer_call
+from .aten_recurrent import member, recurrent_call
 from .aten_twins import twin_of
 from .calling import add_inputs, add_outputs
 from .containers import Containers, attribute_at
 from .normalize import LiveBatchNorm
-from .operators import base_name, operator_alias_kind, operator_of, written_arguments
+from .operators import (
+    base_name,
+    bound_arguments,
+    operator_alias_kind,
+    operator_of,
+    written_arguments,
+)
+from .regions import inlined
 from .report import PassReport
 from .stage import NodeInfo, StageModule, set_info
 
@@ -33,12 +40,16 @@ _SAME_VALUE = ("lift_fresh_copy", "lift_fresh", "detach_", "detach", "alias")
 
 
 def is_exported(module: nn.Module) -> bool:
-    """Whether a module is what ``torch.export.export(…).module()`` gives."""
+    """Whether a module is what ``torch.export.export(…).module()`` gives, or as low as that."""
     if not isinstance(module, fx.GraphModule) or isinstance(module, StageModule):
         return False
     refuses = "train" in module.__dict__ and "eval" in module.__dict__
-    guarded = any(isinstance(child, GuardsFn) for child in module.children())
-    return refuses or guarded or isinstance(module.graph._codegen, _PyTreeCodeGen)
+    return refuses or any(_is_aten(node) for node in module.graph.nodes)
+
+
+def _is_aten(node: fx.Node) -> bool:
+    called = operator_of(node)
+    return called is not None and called.namespace == "aten"
 
 
 def rebuild(exported: fx.GraphModule) -> StageModule:
@@ -50,7 +61,7 @@ def rebuild(exported: fx.GraphModule) -> StageModule:
 
 
 def taken_over(module: nn.Module) -> StageModule | None:
-    """A stage on the modules and on a copy of the graph of a rebuilt one; None for other modules."""
+    """A stage on a rebuilt one's modules and a copy of its graph; None for other modules."""
     if not isinstance(module, StageModule) or module.apot.kind != "traced":
         return None
     graph = fx.Graph()
@@ -71,7 +82,8 @@ class _Rebuilding:
 
     def __init__(self, exported: fx.GraphModule) -> None:
         self.exported = exported
-        self.containers = Containers(exported)
+        self.old = inlined(exported)
+        self.containers = Containers(exported, self.old)
         self.graph = fx.Graph()
         self.new: dict[fx.Node, Any] = {}
         self.report = PassReport("exported")
@@ -80,8 +92,8 @@ class _Rebuilding:
     def _layer_calls(self) -> dict[fx.Node, tuple[LayerCall, str]]:
         """Every call that a live layer takes over, and the layer's path."""
         found: dict[fx.Node, tuple[LayerCall, str]] = {}
-        for node in self.exported.graph.nodes:
-            call = layer_call(node, self._shape)
+        for node in self.old.nodes:
+            call = layer_call(node, self._shape) or recurrent_call(node, self._shape)
             path = self.containers.place(call, node) if call is not None else ""
             if call is not None and path:
                 found[node] = call, path
@@ -94,10 +106,10 @@ class _Rebuilding:
         return torch.Size(attribute_at(self.exported, str(node.target)).shape)
 
     def run(self) -> StageModule:
-        add_inputs(self.exported.graph, self.graph, self.new)
-        for node in self.exported.graph.nodes:
+        add_inputs(self.old, self.graph, self.new)
+        for node in self.old.nodes:
             if node.op == "output":
-                add_outputs(self.exported.graph, self.graph, self._mapped(node.args[0]))
+                add_outputs(self.old, self.graph, self._mapped(node.args[0]))
             elif node not in self.new and not self._is_dropped(node):
                 self._add(node)
         for number, node in enumerate(self.graph.nodes):
@@ -132,8 +144,13 @@ class _Rebuilding:
     def _add(self, node: fx.Node) -> None:
         if node in self.calls:
             call, path = self.calls[node]
-            made = self.graph.call_module(path, self._mapped((call.x,)))
+            given = (call.x,) if call.state is None else (call.x, call.state)
+            made = self.graph.call_module(path, self._mapped(given))
             self._put(node, made, call.first)
+            if call.state is not None:
+                made.meta[KIND] = "other" if isinstance(call.state, tuple) else "tuple"
+                for user in node.users:
+                    self._put(user, member(made, int(str(user.args[1])), call), False)
             self.report.change(path, f"{call.kind.__name__} in place of {operator_of(node)}")
         elif _is_batch_norm(node):
             self._add_batch_norm(node)
@@ -150,7 +167,7 @@ class _Rebuilding:
         source = self.new[node.all_input_nodes[0]]
         if not isinstance(source, fx.Node) or source.op != "get_attr" or _is_written(node):
             return False
-        return not attribute_at(self.exported, str(source.target)).requires_grad
+        return not bool(attribute_at(self.exported, str(source.target)).requires_grad)
 
     def _add_twin(self, node: fx.Node) -> None:
         first_only = bool(node.users) and all(_is_first(user) for user in node.users)
@@ -158,9 +175,10 @@ class _Rebuilding:
         if twin is None:
             made = self.graph.node_copy(node, self.new.__getitem__)
             self._put(node, made, False)
-            called = operator_of(node)
-            if called is not None:
-                self.report.leave(made, f"no torch function computes exactly {called}")
+            if operator_of(node) is not None:
+                self.report.leave(made, f"no torch function computes exactly {node.target}")
+            elif isinstance(node.target, torch._ops.HigherOrderOperator):
+                self.report.leave(made, f"what {node.target} runs stays float")
             return
         args, kwargs = self._mapped(twin.args), self._mapped(twin.kwargs)
         made = self.graph.create_node(twin.op, twin.target, args, kwargs, node.name)
@@ -168,11 +186,13 @@ class _Rebuilding:
 
     def _add_batch_norm(self, node: fx.Node) -> None:
         """Batch norm on tensors that are no layer's: its training flag follows the model."""
-        x, weight, bias, mean, var, training, momentum, eps = node.args[:8]
+        bound = bound_arguments(node)
+        momentum, eps, training = (bound[key] for key in ("momentum", "eps", "training"))
+        keys = ("input", "running_mean", "running_var", "weight", "bias")
         root = self.containers.root
         name = free_name(root, "functional_batch_norm")
         root.add_module(name, LiveBatchNorm(momentum, eps).train(bool(training)))
-        made = self.graph.call_module(name, self._mapped((x, mean, var, weight, bias)))
+        made = self.graph.call_module(name, self._mapped(tuple(bound[key] for key in keys)))
         self._put(node, made, False)
 
     def _put(self, node: fx.Node, made: fx.Node, first: bool) -> None:
@@ -188,12 +208,12 @@ class _Rebuilding:
 
 
 def _is_first(user: fx.Node) -> bool:
-    return user.target is operator.getitem and user.args[1] == 0
+    return user.target is operator.getitem and bool(user.args[1] == 0)
 
 
 def _is_batch_norm(node: fx.Node) -> bool:
     called = operator_of(node)
-    return called is not None and base_name(called) == "batch_norm" and len(node.args) >= 8
+    return called is not None and base_name(called) == "batch_norm"
 
 
 def _is_written(node: fx.Node) -> bool:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as functional
 from torch import fx, nn
 
-from ..graph import called_module, called_name, value_kind
+from ..graph import KIND, called_module, called_name, value_kind
 from .aliasing import source_of, write_view
 from .operators import operator_of, without_writing, written_arguments
 
@@ -121,3 +121,4 @@ def write_out_of_place(stage: nn.Module, node: fx.Node) -> None:
 
 def _call(node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
     node.op, node.target, node.args, node.kwargs = "call_function", target, args, {}
+    node.meta[KIND] = "tensor"  # what wrote may have given nothing

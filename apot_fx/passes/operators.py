@@ -74,7 +74,5 @@ def without_writing(node: fx.Node) -> torch._ops.OpOverload | None:
     twin = getattr(packet, operator._overloadname, None)
     if twin is None or twin._schema.is_mutable:
         return None
-    same = [a.name for a in twin._schema.arguments] == [
-        a.name for a in operator._schema.arguments
-    ]
+    same = [a.name for a in twin._schema.arguments] == [a.name for a in operator._schema.arguments]
     return twin if same else None

@@ -1,4 +1,4 @@
-"""What prepare is given: exported and compiled modules become models that it can take as any other."""
+"""What prepare is given: exported and compiled modules become models like any other."""
 
 from __future__ import annotations
 
@@ -89,7 +89,8 @@ def _outputs(model: nn.Module, call: Call, exported: nn.Module | None = None) ->
     except Exception as problem:
         if exported is None:
             raise TraceError(
-                f"the exported module's rebuilt graph fails with {type(problem).__name__}: {problem}"
+                f"the exported module's graph, rebuilt, fails with {type(problem).__name__}: "
+                f"{problem}"
             ) from problem
         raise own_failure(model, problem) from problem
 
