@@ -99,6 +99,14 @@ def _is_scalar_arithmetic(node: fx.Node) -> bool:
     )
 
 
+def is_kind(value: object, name: str) -> bool:
+    """Whether a value's class, or a base of it, is called ``name`` in full; imports nothing.
+
+    Torch's compiler and exporter take seconds to import, and who has their objects has them.
+    """
+    return any(f"{kind.__module__}.{kind.__qualname__}" == name for kind in type(value).__mro__)
+
+
 def source(node: fx.Node) -> fx.Node:
     """A call's first argument, which must be a node."""
     first = node.args[0]

@@ -14,9 +14,8 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.export._unlift import GuardsFn
 
-from ..graph import KIND, free_name, user_line
+from ..graph import KIND, free_name, is_kind, user_line
 from .aten_layers import LayerCall, layer_call
 from .aten_recurrent import member, recurrent_call
 from .aten_twins import twin_of
@@ -34,6 +33,7 @@ from .regions import inlined
 from .report import PassReport
 from .stage import NodeInfo, StageModule, set_info
 
+_GUARDS = "torch.export._unlift.GuardsFn"
 _ASSERTS = ("_assert", "sym_constrain_range", "_check")
 #: What export puts behind a tensor that the forward makes of Python numbers.
 _SAME_VALUE = ("lift_fresh_copy", "lift_fresh", "detach_", "detach", "alias")
@@ -128,7 +128,7 @@ class _Rebuilding:
     def _is_dropped(self, node: fx.Node) -> bool:
         """Guards, asserts, and the counter that a live batch norm keeps by itself."""
         if node.op == "call_module":
-            return isinstance(attribute_at(self.exported, str(node.target)), GuardsFn)
+            return is_kind(attribute_at(self.exported, str(node.target)), _GUARDS)
         called = operator_of(node)
         if called is None:
             return False

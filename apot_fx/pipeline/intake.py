@@ -9,15 +9,18 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch._dynamo.eval_frame import OptimizedModule
 
 from ..errors import StageError, TraceError
-from ..graph import copy_of, substitute
+from ..graph import copy_of, is_kind, substitute
 from ..passes.example import Call
 from ..passes.exported import is_exported, rebuild
 from ..passes.stage import StageModule
 from ..values import same_bits
 from .floats import own_failure
+
+_PROGRAM = "torch.export.exported_program.ExportedProgram"
+_UNFLATTENED = "torch.export.unflatten.UnflattenedModule"
+_COMPILED = "torch._dynamo.eval_frame.OptimizedModule"
 
 #: Random state of the two runs that are compared.
 _SEED = 20
@@ -30,7 +33,7 @@ def take_in(model: object, call: Call | None, inplace: bool) -> object:
     ``inplace``: exported modules inside of a model are replaced in the model itself.
     Raises StageError for what holds no Python modules any more.
     """
-    if isinstance(model, torch.export.ExportedProgram):
+    if is_kind(model, _PROGRAM):
         raise StageError(
             "prepare_apot wants an nn.Module, not an ExportedProgram; pass program.module()"
         )
@@ -39,11 +42,16 @@ def take_in(model: object, call: Call | None, inplace: bool) -> object:
             "prepare_apot wants an nn.Module whose forward is Python, not a "
             f"{type(model).__name__}; pass the model that was scripted or traced"
         )
-    if isinstance(model, OptimizedModule):
-        original = model._orig_mod
+    if is_kind(model, _UNFLATTENED):
+        raise StageError(
+            "prepare_apot takes no unflattened export; pass the module() of the ExportedProgram"
+        )
+    if is_kind(model, _COMPILED):
+        assert isinstance(model, nn.Module)
+        original = model.get_submodule("_orig_mod")
         warnings.warn(
-            f"the {type(original).__name__} inside of torch.compile's module is prepared, under "
-            "its own names; compile the prepared or converted model instead",
+            f"the {type(original).__name__} inside of torch.compile's module is prepared, "
+            "under its own names; compile the prepared or converted model instead",
             stacklevel=4,
         )
         return take_in(original, call, inplace)
@@ -51,17 +59,34 @@ def take_in(model: object, call: Call | None, inplace: bool) -> object:
         return model
     if isinstance(model, fx.GraphModule) and is_exported(model):
         return _rebuilt(model, call)
-    if any(_exported_inside(model)):
+    if any(map(_needs_other, model.modules())):
         model = model if inplace else copy_of(model)
-        new = {id(child): rebuild(child).eval() for child in _exported_inside(model)}
-        substitute([model], new)
+        substitute([model], {id(m): _other(m) for m in model.modules() if _needs_other(m)})
     return model
 
 
-def _exported_inside(model: nn.Module) -> Iterator[fx.GraphModule]:
-    for child in model.modules():
-        if isinstance(child, fx.GraphModule) and is_exported(child):
-            yield child
+def _needs_other(part: nn.Module) -> bool:
+    return is_kind(part, _COMPILED) or is_exported(part)
+
+
+def _other(part: nn.Module) -> nn.Module:
+    """What stands for an exported or compiled module inside of a model."""
+    if isinstance(part, fx.GraphModule):
+        return rebuild(part).eval()
+    return Uncompiled(part.get_submodule("_orig_mod"))
+
+
+class Uncompiled(nn.Module):
+    """In place of torch.compile's module, with the same keys: it would go on running the original,
+    not the layers that are put in."""
+
+    def __init__(self, original: nn.Module) -> None:
+        super().__init__()
+        self._orig_mod = original
+        self.training = original.training
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._orig_mod(*args, **kwargs)
 
 
 def _rebuilt(exported: fx.GraphModule, call: Call | None) -> StageModule:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import pickle
 from typing import Any
 
@@ -245,6 +246,13 @@ def _both_stages(model: nn.Module, config: Any, *calls: Call) -> tuple[nn.Module
     return prepared, converted
 
 
+@functools.cache
+def _stages_of(name: str) -> tuple[nn.Module, nn.Module]:
+    """Prepared and converted of a case's export; not to be changed."""
+    make, call = _CASES[name]
+    return _both_stages(_export(_model(make), call), "w4a4", call)
+
+
 def _assert_alike(model: nn.Module, exported: nn.Module, config: Any, *calls: Call) -> nn.Module:
     """An exported module prepares as its model: names, α, outputs, checkpoint; gives prepared."""
     prepared, converted = _both_stages(exported, config, *calls)
@@ -279,9 +287,8 @@ def test_decomposed_programs_prepare_too(name: str) -> None:
 
 @pytest.mark.parametrize("name", _CASES)
 def test_stages_of_exported_modules_copy_and_pickle(name: str) -> None:
-    make, call = _CASES[name]
-    stages = _both_stages(_export(_model(make), call), "w4a4", call)
-    for stage in stages:
+    _, call = _CASES[name]
+    for stage in _stages_of(name):
         expected = outputs(stage, call)
         assert same_bits(expected, outputs(copy.deepcopy(stage), call))
         assert same_bits(expected, outputs(pickle.loads(pickle.dumps(stage)), call))
@@ -289,8 +296,8 @@ def test_stages_of_exported_modules_copy_and_pickle(name: str) -> None:
 
 @pytest.mark.parametrize("name", _CASES)
 def test_training_reaches_every_parameter(name: str) -> None:
-    make, call = _CASES[name]
-    prepared, _ = _both_stages(_export(_model(make), call), "w4a4", call)
+    _, call = _CASES[name]
+    prepared = copy.deepcopy(_stages_of(name)[0])
     results = _forward(prepared.train(), call)
     floats = [t for t in tensors_in(results) if t.is_floating_point() and t.requires_grad]
     sum(t.float().sum() for t in floats).backward()  # type: ignore[union-attr]
@@ -298,8 +305,8 @@ def test_training_reaches_every_parameter(name: str) -> None:
 
 
 def test_batch_norm_and_dropout_live_again() -> None:
-    make, call = _CASES["resnet"]
-    prepared, _ = _both_stages(_export(_model(make), call), "w4a4", call)
+    _, call = _CASES["resnet"]
+    prepared = copy.deepcopy(_stages_of("resnet")[0])
     norm = prepared.get_submodule("layer1.0.bn1")
     assert isinstance(norm, nn.BatchNorm2d) and isinstance(prepared.drop, nn.Dropout)
     before, count = norm.running_mean.clone(), int(norm.num_batches_tracked)
@@ -464,9 +471,25 @@ def test_what_is_no_python_module_is_refused_with_the_remedy() -> None:
         apot_fx.prepare_apot(torch.export.export(model, call.args))  # type: ignore[arg-type]
     with pytest.raises(apot_fx.ApotError, match="pass the model that was scripted or traced"):
         apot_fx.prepare_apot(torch.jit.script(nn.Linear(2, 2)))
+    unflattened = torch.export.unflatten(torch.export.export(model, call.args))
+    with pytest.raises(apot_fx.ApotError, match="no unflattened export"):
+        apot_fx.prepare_apot(unflattened)
     with pytest.warns(UserWarning, match="inside of torch.compile's module is prepared"):
         prepared = apot_fx.prepare_apot(torch.compile(model))
     assert model.state_dict().keys() <= prepared.state_dict().keys()
+
+
+def test_a_compiled_part_of_a_model_is_quantized() -> None:
+    """It used to run its original layers beside the quantized ones."""
+    outer = nn.Sequential(nn.Linear(8, 8), torch.compile(Shared()))
+    call = Call((torch.randn(2, 8),), {})
+    for given in (call, None):
+        prepared = apot_fx.prepare_apot(outer, "w4a4", given)
+        apot_fx.calibrate(prepared, [call.args[0]], progress=False)
+        converted = apot_fx.convert_apot(prepared)
+        assert apot_fx.check_parity(prepared, converted, [call.args[0]]).ok
+        assert "1._orig_mod.last.weight_fake_quant" in _quants(prepared)
+    assert outer.state_dict().keys() <= prepared.state_dict().keys()
 
 
 def test_example_inputs_that_the_export_refuses() -> None:
