@@ -77,7 +77,10 @@ def prepare_apot(
     mode, and the model's own state_dict keys stay, so float checkpoints load with ``strict=True``.
 
     Args:
-        model: a float model; left as it is unless ``inplace``.
+        model: a float model; left as it is unless ``inplace``. Also a GraphModule, and what
+            ``torch.export.export(…).module()`` gives: layers, batch norm and dropout live again
+            under their old names, and it starts in eval. Of torch.compile's module the model
+            inside is prepared.
         config: a preset's name (``presets()`` lists them), a QConfig for every layer, or a mapping.
         example_inputs: one batch (tensor, tuple or dict). Optional arguments it passes stay inputs;
             those it leaves out are fixed at their default.
@@ -87,7 +90,8 @@ def prepare_apot(
         ConfigError: unknown preset or layer name.
         TensorError: a weight to quantize holds NaN or inf.
         TraceError: the model's own forward can't be followed.
-        StageError: ``model`` is prepared or converted already.
+        StageError: ``model`` is prepared or converted already, an ExportedProgram (pass its
+            ``.module()``) or a ScriptModule.
 
     >>> from torch import nn
     >>> prepared = prepare_apot(nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)))

@@ -72,6 +72,8 @@ def value_kind(node: fx.Node) -> str:
         return "tensor" if node.args[1] in ("T", "mT", "data") else "other"
     if called_name(node) in _SPLITS:
         return "tuple"
+    if isinstance(node.target, torch._ops.OpOverload):
+        return _kind_given(node.target)
     if node.target is operator.getitem:
         source = node.args[0]
         kind = value_kind(source) if isinstance(source, fx.Node) else "other"
@@ -79,6 +81,14 @@ def value_kind(node: fx.Node) -> str:
     if node.op == "call_function" and _is_scalar_arithmetic(node):
         return "other"
     return "tensor"
+
+
+def _kind_given(called: torch._ops.OpOverload) -> str:
+    """The kind of value that an operator gives, by its schema."""
+    kinds = [str(result.type) for result in called._schema.returns]
+    if kinds == ["Tensor"]:
+        return "tensor"
+    return "tuple" if kinds and all("Tensor" in kind for kind in kinds) else "other"
 
 
 def _is_scalar_arithmetic(node: fx.Node) -> bool:
@@ -90,6 +100,14 @@ def _is_scalar_arithmetic(node: fx.Node) -> bool:
         and bool(inputs)
         and all(value_kind(source) == "other" for source in inputs)
     )
+
+
+def is_kind(value: object, name: str) -> bool:
+    """Whether a value's class, or a base of it, is called ``name`` in full; imports nothing.
+
+    Torch's compiler and exporter take seconds to import, and who has their objects has them.
+    """
+    return any(f"{kind.__module__}.{kind.__qualname__}" == name for kind in type(value).__mro__)
 
 
 def source(node: fx.Node) -> fx.Node:
@@ -191,6 +209,8 @@ def _is_pure(owner: nn.Module, node: fx.Node) -> bool:
         return not str(node.target).endswith("_")
     if node.op != "call_function":
         return node.op == "get_attr"
+    if isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable:
+        return False
     home = getattr(node.target, "__module__", None) or type(node.target).__module__
     known = home.split(".")[0] in ("torch", "_operator", "builtins", "math", "apot_fx")
     return known and "assert" not in called_name(node) and node.target is not operator.setitem

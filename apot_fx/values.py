@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
-from torch.utils import _pytree as pytree
 
 _INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -77,13 +76,3 @@ def same_bits(mine: Any, theirs: Any) -> bool:
         and not bool(unequal(first, second).any())
         for first, second in pairs
     )
-
-
-def leaves_of(value: Any) -> list[Any]:
-    """Graph node: the leaves of a nested value, in order."""
-    return pytree.tree_leaves(value)
-
-
-def restored(leaves: list[Any], spec: Any) -> Any:
-    """Graph node: the nested value that has these leaves."""
-    return pytree.tree_unflatten(leaves, spec)

@@ -63,3 +63,25 @@ def test_random_nets(seed: int, config: str) -> None:
 @pytest.mark.parametrize("config", CONFIGS)
 def test_more_random_nets(seed: int, config: str) -> None:
     check(seed, CONFIGS[config])
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("seed", range(6))
+def test_random_nets_exported(seed: int) -> None:
+    """An export, decomposed or not, prepares as its model: α and outputs in bits."""
+    model, batches = random_net(seed)
+    program = torch.export.export(model.eval(), (batches[0],))
+    if seed % 2:
+        program = program.run_decompositions()
+    models = (program.module(), model)
+    prepared = [apot_fx.prepare_apot(m, "w4a4", (batches[0],)) for m in models]
+    for stage in prepared:
+        apot_fx.calibrate(stage, batches[:1])
+    mine, theirs = ({k: v for k, v in p.state_dict().items() if "alpha" in k} for p in prepared)
+    assert mine.keys() == theirs.keys()
+    assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+    converted = [apot_fx.convert_apot(p) for p in prepared]
+    assert apot_fx.check_parity(prepared[0], converted[0], batches[:1]).ok
+    with torch.no_grad():
+        outputs = (tensors(stage(batches[0])) for stage in converted)
+        assert all(torch.equal(*pair) for pair in zip(*outputs, strict=True))

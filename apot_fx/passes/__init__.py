@@ -3,6 +3,7 @@
 ``trace`` makes a stage of a model; then each pass rewrites it:
 
 =====================  ==========================================================================
+exported               (in place of tracing) exported graphs get live layers and torch's functions
 functionalize          in-place ops become out-of-place, readers are re-pointed
 normalize              functional dropout and batch norm become modules
 functional_layers      F.linear and F.conv… on parameters become layers

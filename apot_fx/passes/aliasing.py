@@ -11,6 +11,7 @@ from torch import fx, nn
 
 from ..graph import called_module, called_name, value_kind
 from .index_ops import DROPOUT_MODULES, is_torch_call
+from .operators import operator_alias_kind, operator_of, written_arguments
 
 #: Always a view of their first argument.
 VIEWS = frozenset(
@@ -51,6 +52,9 @@ def alias_kind(stage: nn.Module, node: fx.Node) -> str:
         return "perhaps" if name in PERHAPS else "view" if name in VIEWS else "fresh"
     if node.op not in ("call_function", "call_method"):
         return "fresh"
+    called = operator_of(node)
+    if called is not None:
+        return operator_alias_kind(called)
     if not (is_torch_call(node, name) or _is_builtin(node)):
         return "unknown"
     if name == "getitem":
@@ -68,9 +72,7 @@ def _module_kind(module: nn.Module) -> str:
 
 def _is_builtin(node: fx.Node) -> bool:
     module = getattr(node.target, "__module__", None) or ""
-    return module.split(".")[0] in ("torch", "_operator", "math", "builtins") or (
-        isinstance(node.target, torch._ops.OpOverload)
-    )
+    return module.split(".")[0] in ("torch", "_operator", "math", "builtins")
 
 
 def _getitem_kind(node: fx.Node) -> str:
@@ -123,6 +125,8 @@ class Aliases:
             target = results(node)
             if target is not None:
                 self.parent[node] = (target, "same")
+                # An operator may write into more than one tensor: all of them stay together.
+                self.loose.extend((more, node) for more in written_arguments(node)[1:])
                 continue
             kind, source = alias_kind(stage, node), source_of(node)
             if kind in ("same", "view") and source is not None:

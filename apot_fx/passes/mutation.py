@@ -10,8 +10,9 @@ import torch
 import torch.nn.functional as functional
 from torch import fx, nn
 
-from ..graph import called_module, called_name, value_kind
+from ..graph import KIND, called_module, called_name, value_kind
 from .aliasing import source_of, write_view
+from .operators import operator_of, without_writing, written_arguments
 
 AUGMENTED: dict[Any, Callable[..., Any]] = {
     operator.iadd: operator.add,
@@ -40,6 +41,8 @@ def mutated(stage: nn.Module, node: fx.Node) -> fx.Node | None:
         return source_of(node) if getattr(module, "inplace", False) is True else None
     if node.op not in ("call_function", "call_method"):
         return None
+    if operator_of(node) is not None:
+        return next(iter(written_arguments(node)), None)
     target = node.kwargs.get("out")
     if isinstance(target, fx.Node):
         return target
@@ -69,6 +72,8 @@ def why_in_place(stage: nn.Module, node: fx.Node) -> str:
     if module is not None:
         known = type(module).__module__.startswith("torch.nn.modules.")
         return "" if known else f"{type(module).__name__}(inplace=True) is not a torch module"
+    if operator_of(node) is not None:
+        return "" if without_writing(node) else f"{node.target} writes into what it is given"
     if "out" in node.kwargs:
         return f"{name}(out=…) writes where the caller says"
     if node.target in AUGMENTED or node.target is operator.setitem or _inplace_flag(node):
@@ -95,7 +100,11 @@ def write_out_of_place(stage: nn.Module, node: fx.Node) -> None:
         module.inplace = False  # type: ignore[assignment]
         return
     name = called_name(node)
-    if node.target in AUGMENTED:
+    if operator_of(node) is not None:
+        twin = without_writing(node)
+        assert twin is not None
+        node.target = twin
+    elif node.target in AUGMENTED:
         node.target = AUGMENTED[node.target]
     elif node.target is operator.setitem:
         base, index, value = node.args
@@ -112,3 +121,4 @@ def write_out_of_place(stage: nn.Module, node: fx.Node) -> None:
 
 def _call(node: fx.Node, target: Callable[..., Any], args: tuple[Any, ...]) -> None:
     node.op, node.target, node.args, node.kwargs = "call_function", target, args, {}
+    node.meta[KIND] = "tensor"  # what wrote may have given nothing

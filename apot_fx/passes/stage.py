@@ -263,11 +263,13 @@ def _dump_graph(graph: fx.Graph) -> bytes:
 
 
 class _GraphPickler(pickle.Pickler):
-    """Pickles the two kinds of call target that pickle can't name by itself."""
+    """Pickles the kinds of call target that pickle can't name by itself."""
 
     def reducer_override(self, target: Any) -> Any:
         if isinstance(target, torch._ops.OpOverload):
             return _operator, (target.namespace, target._opname, target._overloadname)
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            return _higher_order_operator, (target._name,)
         if "<locals>" in getattr(target, "__qualname__", ""):
             names = [k for k, v in vars(functional).items() if v is target]
             if names:
@@ -277,6 +279,10 @@ class _GraphPickler(pickle.Pickler):
 
 def _functional(name: str) -> Any:
     return getattr(functional, name)
+
+
+def _higher_order_operator(name: str) -> Any:
+    return getattr(torch.ops.higher_order, name)
 
 
 def _operator(namespace: str, name: str, overload: str) -> Any:

@@ -17,7 +17,6 @@ from torch.utils import _pytree as pytree
 from ..fake_quant import FakeQuantize
 from ..graph import argument, called_name, free_name
 from ..nn import ConvertedOp, PreparedOp, Quantize, ThroughFloat
-from ..values import leaves_of, restored
 from .arguments import RootArguments
 from .example import Call
 from .opaque_call import OpaqueCall, Record, fingerprint, without_parts
@@ -53,7 +52,7 @@ class ApotTracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, leaf_modules: Iterable[type[nn.Module] | str] = ()) -> None:
-        super().__init__(autowrap_functions=(leaves_of, restored))
+        super().__init__()
         chosen = tuple(leaf_modules)
         self.record_stack_traces = True
         self.leaf_types = tuple(leaf for leaf in chosen if isinstance(leaf, type))

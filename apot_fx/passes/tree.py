@@ -20,8 +20,15 @@ def stage_info(model: nn.Module) -> StageInfo | None:
 
 
 def stages(model: nn.Module) -> dict[str, StageModule]:
-    """Every stage by its path, outer ones first."""
-    return {name: m for name, m in model.named_modules() if isinstance(m, StageModule)}
+    """Every prepared or converted stage by its path, outer ones first.
+
+    A traced one among the modules of a stage was traced through, and is not called.
+    """
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, StageModule) and module.apot.kind != "traced"
+    }
 
 
 def standalone(model: nn.Module) -> dict[str, PreparedOp | ConvertedOp]:

@@ -18,6 +18,7 @@ from ..nn import is_standalone_type
 from ..passes import run_passes, trace
 from ..passes.annotate import OuterLayers, has_weights
 from ..passes.example import Call
+from ..passes.exported import taken_over
 from ..passes.functionalize import Functionalize
 from ..passes.opaque_call import OpaqueCall
 from ..passes.stage import StageModule
@@ -50,7 +51,9 @@ def capture(model: nn.Module, call: Call | None, in_graphs: bool = True) -> Capt
     search = _Search(in_graphs)
     calls = None
     if call is not None:
-        calls = Calls.of([call, *resized(model, call)])
+        # A rebuilt graph is the model: other sizes say nothing about whether it was followed.
+        more = [] if isinstance(model, StageModule) else resized(model, call)
+        calls = Calls.of([call, *more])
     search.visit("", model, calls, (True, True))
     return search.found
 
@@ -167,7 +170,9 @@ def _verified(
     path: str, module: nn.Module, calls: Calls | None, refused: set[str], admits: bool
 ) -> StageModule:
     example = None if calls is None else calls.examples[0]
-    traced = trace(module, example, (), refused, settles_sizes=not path, admits=admits)
+    traced = taken_over(module)
+    if traced is None:
+        traced = trace(module, example, (), refused, settles_sizes=not path, admits=admits)
     stage = run_passes(traced, [Functionalize()])
     if calls is not None:
         check_bits(stage, module, calls)

@@ -70,7 +70,7 @@ def with_outputs(model: nn.Module, call: Call) -> Call:
     try:
         return dataclasses.replace(call, outputs=outputs(model, call))
     except Exception as problem:
-        raise _own_failure(model, problem) from problem
+        raise own_failure(model, problem) from problem
 
 
 def resized(model: nn.Module, call: Call) -> list[Call]:
@@ -81,7 +81,7 @@ def resized(model: nn.Module, call: Call) -> list[Call]:
     return []
 
 
-def _own_failure(model: nn.Module, problem: Exception) -> ModelError:
+def own_failure(model: nn.Module, problem: Exception) -> ModelError:
     """A ModelError that is also what the model raised, where Python can join the two."""
     kind: type[ModelError] = ModelError
     with suppress(TypeError):  # incompatible layouts

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from typing import Any
 
@@ -14,7 +13,6 @@ from ..graph import copy_of, substitute
 from ..nn import expand_attention, prepare_standalone
 from ..passes import prepare_passes, run_passes
 from ..passes.annotate import describe_config, resolve
-from ..passes.aten import is_exported, rebuilt
 from ..passes.example import Call
 from ..passes.report import PassReport
 from ..passes.stage import StageInfo, StageModule, keep_quantizers
@@ -23,6 +21,7 @@ from ..passes.tree import joined, stage_info
 from ..values import same_bits, tensors_in
 from .capture import Captured, capture
 from .floats import in_float, outputs, with_outputs
+from .intake import take_in
 from .stages import require_float
 from .tied import share_fake_quants, tied_layers
 
@@ -34,10 +33,10 @@ def prepare(
     inplace: bool,
 ) -> nn.Module:
     """Put observers and fake-quants into a float model."""
-    model, inplace = _as_module(require_float(model), inplace)
     mapping = QConfigMapping.of(config)
     mapping.check_quantizes()
     call = None if example_inputs is None else Call.of(example_inputs)
+    model = require_float(take_in(model, call, inplace))
     if call is None:
         return _prepare(model if inplace else copy_of(model), mapping, None, True)
     call.bound(model)
@@ -55,14 +54,6 @@ def prepare(
         f"{type(model).__name__} prepared with every quantizer off gives other bits than the "
         "model, though its code and layers are its own; please report it with the model"
     )
-
-
-def _as_module(model: nn.Module, inplace: bool) -> tuple[nn.Module, bool]:
-    """An exported program's module as one of live layers, of its own; anything else as it is."""
-    if not is_exported(model):
-        return model, inplace
-    assert isinstance(model, fx.GraphModule)
-    return rebuilt(model if inplace else copy.deepcopy(model)), True
 
 
 def _same_in_float(prepared: nn.Module, model: nn.Module, call: Call) -> bool:

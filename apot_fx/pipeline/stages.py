@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
 
 from ..errors import StageError
@@ -32,15 +31,12 @@ def require_stage(model: object, kind: str, verb: str) -> nn.Module:
 
 def require_float(model: object) -> nn.Module:
     """``model`` if nothing of it is quantized yet and its weights can be; else StageError."""
-    if isinstance(model, torch.export.ExportedProgram):
-        raise StageError("prepare_apot wants an nn.Module; pass the ExportedProgram's .module()")
-    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+    if not isinstance(model, nn.Module):
         raise StageError(f"prepare_apot wants an nn.Module, not a {type(model).__name__}")
-    if isinstance(getattr(model, "_orig_mod", None), nn.Module):
-        raise StageError("prepare_apot wants the model itself; pass the compiled model's _orig_mod")
     name, known = type(model).__name__, stage_info(model)
     for path, module in model.named_modules():
-        if isinstance(module, (PreparedOp, ConvertedOp, FakeQuantize, StageModule)):
+        rebuilt = isinstance(module, StageModule) and module.apot.kind == "traced"
+        if not rebuilt and isinstance(module, (PreparedOp, ConvertedOp, FakeQuantize, StageModule)):
             where = f"holds {type(module).__name__} at {path!r}" if path else "is a stage"
             kind = known.kind if known else "quantized"
             raise StageError(
