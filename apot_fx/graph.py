@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import operator
+from bisect import bisect_left
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -38,6 +39,15 @@ def called_name(node: fx.Node) -> str:
 def called_module(owner: nn.Module, node: fx.Node) -> nn.Module | None:
     """The module that a call_module node calls, else None."""
     return owner.get_submodule(str(node.target)) if node.op == "call_module" else None
+
+
+def module_calls(graph: fx.Graph) -> dict[str, list[fx.Node]]:
+    """The call_module nodes of a graph, by their target, in graph order."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in graph.nodes:
+        if node.op == "call_module":
+            found.setdefault(str(node.target), []).append(node)
+    return found
 
 
 def argument(node: fx.Node, position: int, name: str, default: Any = None) -> Any:
@@ -118,12 +128,17 @@ def source(node: fx.Node) -> fx.Node:
 
 
 def free_name(owner: nn.Module, stem: str) -> str:
-    """``stem_0``, ``stem_1`` …: the first that ``owner`` has no attribute for."""
-    taken = set(owner._modules) | set(owner._parameters) | set(owner._buffers)
-    number = 0
-    while f"{stem}_{number}" in taken:
-        number += 1
-    return f"{stem}_{number}"
+    """``stem_0``, ``stem_1`` …: the next that ``owner`` has no attribute for."""
+    registries = (owner._modules, owner._parameters, owner._buffers)
+
+    def is_free(number: int) -> bool:
+        return not any(f"{stem}_{number}" in registry for registry in registries)
+
+    end = 1  # numbers are given out in order: doubling and halving finds the first that is free
+    while not is_free(end - 1):
+        end *= 2
+    start = end // 2
+    return f"{stem}_{start + bisect_left(range(start, end - 1), True, key=is_free)}"
 
 
 def set_submodule(owner: nn.Module, name: str, module: nn.Module) -> None:

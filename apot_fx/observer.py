@@ -242,23 +242,45 @@ class MSEObserver(HistogramObserver):
         return alpha.reshape(self.low.shape)
 
 
-def _squared_error(
+def _squared_errors(
     rows: torch.Tensor,
-    alpha: torch.Tensor,
+    alphas: torch.Tensor,
     level_set: LevelSet,
     weights: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Σ (weight ·) (Q(x) − x)² of every row, for one α per row; float64."""
+    """Σ (weight ·) (Q(x) − x)² of every row (R, K) for every α (C, R) of it; float64, (C, R)."""
     if weights is None and level_set.unit <= reference.TABLE_UNIT:
-        half = rows * reference.per_alpha(2 * level_set.unit, alpha).unsqueeze(1)
-        half.ceil_().clamp_(2 * level_set.q_min, 2 * level_set.q_max).sub_(2 * level_set.q_min)
-        table = reference.half_unit_levels(level_set.spec, rows.device, rows.dtype)
-        found = table.index_select(0, half.to(torch.int32).view(-1)).view(rows.shape)
-        step = reference.step_of(alpha, level_set.unit).unsqueeze(1)
-        return found.mul_(step).sub_(rows).square_().sum(1, dtype=torch.float64)
-    lost = torch.ops.apot_fx.fake_quantize(rows, alpha, level_set.spec, 0) - rows
-    squares = lost.double().square()
-    return (squares if weights is None else squares * weights).sum(1)
+        return _table_errors(rows, alphas, level_set)
+    errors = []
+    for alpha in alphas:
+        lost = torch.ops.apot_fx.fake_quantize(rows, alpha, level_set.spec, 0) - rows
+        squares = lost.double().square()
+        errors.append((squares if weights is None else squares * weights).sum(1))
+    return torch.stack(errors)
+
+
+def _table_errors(rows: torch.Tensor, alphas: torch.Tensor, level_set: LevelSet) -> torch.Tensor:
+    """The same by table, in parts that stay in the cache and in memory that is used again."""
+    low, high = 2 * level_set.q_min, 2 * level_set.q_max
+    table = reference.half_unit_levels(level_set.spec, rows.device, rows.dtype)
+    scales = reference.per_alpha(2 * level_set.unit, alphas).unsqueeze(2)
+    steps = reference.step_of(alphas, level_set.unit).unsqueeze(2)
+    errors = torch.zeros(alphas.shape, dtype=torch.float64, device=rows.device)
+    columns = max(1, min(rows.shape[1], _CHUNK // max(1, len(rows))))
+    count = max(1, _CHUNK // max(1, len(rows) * columns))
+    size = min(count, len(alphas)) * len(rows) * columns
+    half, found = (torch.empty(size, dtype=rows.dtype, device=rows.device) for _ in range(2))
+    place = torch.empty(size, dtype=torch.int32, device=rows.device)
+    for scale, step, total in zip(*(x.split(count) for x in (scales, steps, errors)), strict=True):
+        for part in rows.split(columns, 1):
+            shape = torch.Size((len(scale), *part.shape))
+            used = slice(shape.numel())
+            t = torch.mul(part, scale, out=half[used].view(shape))
+            t.ceil_().clamp_(low, high).sub_(low)
+            places = place[used].copy_(t.view(-1))
+            values = torch.index_select(table, 0, places, out=found[used]).view(shape)
+            total += values.mul_(step).sub_(part).square_().sum(2, dtype=torch.float64)
+    return errors
 
 
 #: Values that the coarse search looks at: of every row at least 256, of few rows more.
@@ -281,9 +303,8 @@ def _least_squares(
         sample = rows[:, ::stride].contiguous()
 
     def best_of(values: torch.Tensor, ratios: list[torch.Tensor]) -> torch.Tensor:
-        alphas = [(largest * ratio).clamp(ALPHA_MIN, ALPHA_MAX) for ratio in ratios]
-        errors = [_squared_error(values, alpha, level_set, weights) for alpha in alphas]
-        return torch.stack(errors).argmin(0)
+        alphas = (largest * torch.stack(ratios)).clamp(ALPHA_MIN, ALPHA_MAX)
+        return _squared_errors(values, alphas, level_set, weights).argmin(0)
 
     coarse = [1.0, 1.1, 1.05, *(0.95 - 0.05 * place for place in range(18))]
     place = best_of(sample, [torch.full_like(largest, ratio) for ratio in coarse])
@@ -311,7 +332,7 @@ def weight_alpha(
 
     float32, ``()``, ``(C,)`` or ``(C, groups)``. Raises TensorError naming ``name`` for NaN or inf.
     """
-    if not bool(weight.isfinite().all()):
+    if weight.numel() and not bool(torch.stack(weight.aminmax()).isfinite().all()):
         raise TensorError(f"{name} holds NaN or inf; repair or reload it before quantizing")
     rows = _rows(weight, axis, group_size)  # widened in parts: a bf16 weight would take thrice
     if not rows.shape[1]:

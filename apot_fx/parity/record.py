@@ -102,7 +102,7 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         found, site = info(n), Site(self.path, self.turn, n)
         if found.id is not None:
-            torch.manual_seed(found.id)
+            _seed(found.id)
         try:
             value = super().run_node(n)
         except NodeFailure:
@@ -112,6 +112,16 @@ class _Recorder(fx.Interpreter):
         if found.id is not None and not _means_nothing(n, value):
             self.watch(site, value)
         return value
+
+
+def _seed(number: int) -> None:
+    """``torch.manual_seed`` of the devices in use: for others it queues a call, with its stack."""
+    torch.default_generator.manual_seed(number)
+    kind = torch.accelerator.current_accelerator(check_available=True)
+    if kind is not None:
+        device: Any = torch.get_device_module(kind)
+        if getattr(device, "is_initialized", lambda: True)():
+            getattr(device, "manual_seed_all", device.manual_seed)(number)
 
 
 @contextmanager

@@ -114,33 +114,41 @@ def _has_tensor_list(index: Any) -> bool:
 
 
 class Aliases:
-    """The alias edges of a graph: every node's parent and how it follows from it."""
+    """The alias edges of a graph: every node's parent and how it follows from it.
+
+    ``parent``: the nearest value that a node is (``"same"``) or is a view of (``"view"``); itself
+    it is never the ``"same"`` as another, lest a long chain of ``x += …`` be walked at every step.
+    """
 
     def __init__(
         self, stage: nn.Module, graph: fx.Graph, results: Callable[[fx.Node], Any]
     ) -> None:
         self.parent: dict[fx.Node, tuple[fx.Node, str]] = {}
+        self._roots: dict[fx.Node, fx.Node] = {}  # of nodes that have a parent
         self.loose: list[tuple[fx.Node, fx.Node]] = []  # pairs that may share memory
         for node in graph.nodes:
             target = results(node)
             if target is not None:
-                self.parent[node] = (target, "same")
+                self._add(node, target, "same")
                 # An operator may write into more than one tensor: all of them stay together.
                 self.loose.extend((more, node) for more in written_arguments(node)[1:])
                 continue
             kind, source = alias_kind(stage, node), source_of(node)
             if kind in ("same", "view") and source is not None:
-                self.parent[node] = (source, kind)
+                self._add(node, source, kind)
             elif kind == "perhaps" and source is not None:
                 self.loose.append((source, node))
             elif kind == "unknown":
                 self.loose.extend((s, node) for s in node.all_input_nodes)
 
+    def _add(self, node: fx.Node, source: fx.Node, kind: str) -> None:
+        above, how = self.parent.get(source, (source, "same"))
+        self.parent[node] = (above if how == "same" else source, kind)
+        self._roots[node] = self.root(source)
+
     def root(self, node: fx.Node) -> fx.Node:
         """The value that a node surely is, or is a view of."""
-        while node in self.parent:
-            node = self.parent[node][0]
-        return node
+        return self._roots.get(node, node)
 
     def chain(self, node: fx.Node) -> list[fx.Node]:
         """The view calls from the root to a node, in order of application."""

@@ -41,8 +41,8 @@ def run_passes(stage: StageModule, passes: Iterable[Pass]) -> StageModule:
         report = PassReport(step.name)
         step.run(stage, report)
         stage.graph.lint()
-        stage.recompile()
         for holds in step.ensures:
             holds(stage)
         stage.apot.reports.append(report)
+    stage.recompile()
     return stage

@@ -129,18 +129,34 @@ def watching_globals(
         if known[code]:
             report(known[code])
 
-    before, collects = sys.getprofile(), gc.isenabled()
+    collects = gc.isenabled()
     gc.disable()  # its callbacks are no part of the forward
-    sys.setprofile(profile)
     try:
-        yield
+        with _profiling(profile):
+            yield
     finally:
-        sys.setprofile(before)
         if collects:
             gc.enable()
     for name, container, members in containers.values():
         if not _same_members(members, container):
             report(f"changes the global variable {name!r}")
+
+
+@contextmanager
+def _profiling(profile: Callable[..., None]) -> Iterator[None]:
+    """While open, ``profile`` is Python's profile function; a user's profiler pauses."""
+    before: Any = sys.getprofile()
+    # cProfile's is an object that can't be set as a function: called, it would raise.
+    paused = before is not None and not callable(before)
+    if paused:
+        before.disable()
+    sys.setprofile(profile)
+    try:
+        yield
+    finally:
+        sys.setprofile(None if paused else before)
+        if paused:
+            before.enable()
 
 
 def _is_users(frame: types.FrameType) -> bool:

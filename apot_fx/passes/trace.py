@@ -17,10 +17,11 @@ import torch
 from torch import fx, nn
 
 from ..errors import TraceError
-from ..graph import HOLDS, KIND, user_line
+from ..graph import HOLDS, KIND, value_kind
 from ..values import tensors_in
 from .attempts import Attempts, opaque_functions
 from .example import Call
+from .lines import LINE
 from .patches import AskingValues, recording_factories, tracing_into_wrapped
 from .proxy import Untraceable
 from .purity import Attributes, random_state, watching_globals
@@ -77,6 +78,7 @@ def trace(
         model._modules.update(kept)
         for name, value in constants.items():
             setattr(model, name, value)
+        del before  # it holds weights, and fx leaves frames behind until garbage is collected
         return _as_stage(model, graph, tracer, attempts, branches)
 
 
@@ -145,13 +147,14 @@ def _as_stage(
     for number, node in enumerate(graph.nodes):
         settle_training_flags(node)
         reason = attempts.modules.get(str(node.target), "") if node.op == "call_module" else ""
-        set_info(node, NodeInfo(id=number, origin=user_line(node), reason=reason))
-        node.meta.pop("stack_trace", None)
+        set_info(node, NodeInfo(id=number, origin=node.meta.pop(LINE, ""), reason=reason))
         node.meta.pop("nn_module_stack", None)
-        if node in tracer.values:
-            node.meta[KIND] = _kind(tracer.values[node])
-            if node.meta[KIND] == "other":
-                node.meta[HOLDS] = bool(tensors_in(tracer.values[node]))
+        known = node in tracer.values
+        # Once and in order: asked of a node alone, long chains of sums would be walked each time.
+        node.meta[KIND] = _kind(tracer.values[node]) if known else value_kind(node)
+        if known and node.meta[KIND] == "other":
+            node.meta[HOLDS] = bool(tensors_in(tracer.values[node]))
+    tracer.values.clear()  # they know weights by their gradients, and a tracer lives on in cycles
     stage = StageModule(model, graph, "traced")
     stage.apot.opaque.update(attempts.modules)
     stage.apot.ids = len(graph.nodes)

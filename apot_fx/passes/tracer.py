@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-import traceback
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -19,6 +18,7 @@ from ..graph import argument, called_name, free_name
 from ..nn import ConvertedOp, PreparedOp, Quantize, ThroughFloat
 from .arguments import RootArguments
 from .example import Call
+from .lines import LINE, running_line
 from .opaque_call import OpaqueCall, Record, fingerprint, without_parts
 from .patches import ambient_state, region_depth
 from .proxy import (
@@ -54,11 +54,11 @@ class ApotTracer(fx.Tracer):
     def __init__(self, leaf_modules: Iterable[type[nn.Module] | str] = ()) -> None:
         super().__init__()
         chosen = tuple(leaf_modules)
-        self.record_stack_traces = True
         self.leaf_types = tuple(leaf for leaf in chosen if isinstance(leaf, type))
         self.leaf_names = {leaf for leaf in chosen if isinstance(leaf, str)}
         self.example: Call | None = None
         self.values: dict[fx.Node, Any] = {}
+        self.tensor_names: dict[torch.Tensor, str] = {}  # the model's parameters and buffers
         self.failed_in: str | None = None  # innermost module that could not be followed
         self.inside: list[str] = []  # modules whose forward is being traced
         self.outside_state: dict[str, str] = {}  # module → what it reads or sets outside tensors
@@ -70,6 +70,12 @@ class ApotTracer(fx.Tracer):
         self.admits = True  # whether code that asks is told that it is being traced
         self.refused_lines: frozenset[str] = frozenset()  # whose decisions can't be kept
 
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        try:
+            return super().trace(root, concrete_args)
+        finally:
+            self.tensor_names = {}  # a tracer lives on in cycles: weights must not with it
+
     # Values of the example
 
     def value_of(self, node: fx.Node) -> Any:
@@ -80,6 +86,12 @@ class ApotTracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return ApotProxy(node, self)
+
+    def create_node(self, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(*args, **kwargs)
+        # One line: fx's own record of the whole stack costs more than all else in tracing.
+        node.meta[LINE] = running_line(fx.Tracer.trace.__code__)
+        return node
 
     def create_proxy(  # type: ignore[override]
         self, kind: str, target: Any, args: Any, kwargs: Any, *rest: Any, **more: Any
@@ -127,16 +139,21 @@ class ApotTracer(fx.Tracer):
             if self.in_function and isinstance(attr_val, torch.Tensor):
                 raise Untraceable(f"{self.in_function} reads the model's tensor {attr!r}")
             return attr_val
-        found = super().getattr(attr, attr_val, parameter_proxy_cache)
-        if is_proxy(found) and self.example is not None:
-            self.values.setdefault(found.node, attr_val)
-        return found
+        # As fx does, which looks through all of the model's tensors in every call.
+        name = self.tensor_names.get(attr_val) if isinstance(attr_val, torch.Tensor) else None
+        if name is None:
+            return attr_val
+        if name not in parameter_proxy_cache:
+            made = parameter_proxy_cache[name] = self.create_proxy("get_attr", name, (), {})
+            if self.example is not None:
+                self.values.setdefault(made.node, attr_val)
+        return parameter_proxy_cache[name]
 
     def decide(self, condition: ApotProxy, outcome: Any) -> Any:
         """The example's outcome, guarded; refused where the next batch may differ at any time."""
         if self.hangs_on(condition.node) == DATA:
             raise Untraceable("a Python decision on tensor values")
-        line = _user_frame()
+        line = running_line()
         if line in self.refused_lines:
             raise Untraceable("a Python decision that other sizes turn")
         if not self.settles_sizes and self.hangs_on(condition.node) == SIZE:
@@ -267,6 +284,8 @@ class ApotTracer(fx.Tracer):
     ) -> tuple[Any, list[Any]]:
         """Placeholders for the signature; options (None, bool, str) are fixed as they are."""
         self.ambient = ambient_state()
+        tensors = [*self.root.named_buffers(), *self.root.named_parameters()]
+        self.tensor_names = {tensor: name for name, tensor in tensors}
         if not is_module or "forward" in self.root.__dict__:
             raise Untraceable("forward is replaced on the instance")
         signature = inspect.signature(inspect.unwrap(root_fn))
@@ -297,11 +316,3 @@ def _holds_deep(value: Any, depth: int = 4) -> bool:
         return any(_holds_deep(item, depth - 1) for item in value)
     state = getattr(value, "__dict__", None)
     return type(state) is dict and any(_holds_deep(item, depth - 1) for item in state.values())
-
-
-def _user_frame() -> str:
-    """``file.py:12`` of the innermost running line outside torch and apot_fx."""
-    for frame in reversed(traceback.extract_stack()):
-        if not any(part in frame.filename for part in ("/torch/", "/apot_fx/")):
-            return f"{frame.filename.rsplit('/', 1)[-1]}:{frame.lineno}"
-    return ""

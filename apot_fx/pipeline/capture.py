@@ -9,11 +9,12 @@ captured the same way.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 
 from torch import nn
 
 from ..errors import GuardError, TraceError
-from ..graph import called_module
+from ..graph import called_module, module_calls
 from ..nn import is_standalone_type
 from ..passes import run_passes, trace
 from ..passes.annotate import OuterLayers, has_weights
@@ -147,23 +148,31 @@ class _Search:
                 self.visit(full, child, own, outer)
 
     def _visit_leaves(self, path: str, stage: StageModule, calls: Calls | None, ends: Ends) -> None:
-        outer = OuterLayers(stage)
-        inside: dict[str, Calls] | None = None
-        for leaf, why in stage.apot.opaque.items():
-            module = stage.get_submodule(leaf)
-            if not _holds_layers(module) or id(module) in self.seen:
+        leaves = {leaf: stage.get_submodule(leaf) for leaf in stage.apot.opaque}
+        leaves = {leaf: module for leaf, module in leaves.items() if _holds_layers(module)}
+        if not leaves:
+            return
+        outer, called = OuterLayers(stage), module_calls(stage.graph)
+        inside = self._inside(path, stage, calls)
+        below = None if inside is None else _by_leaf(leaves, inside)
+        for leaf, module in leaves.items():
+            if id(module) in self.seen:
                 continue
-            if inside is None:
-                inside = self._inside(path, stage, calls)
             self.seen.add(id(module))
             full = joined(path, leaf)
-            self.found.opaque[full] = why
-            nodes = [n for n in stage.graph.nodes if n.op == "call_module" and n.target == leaf]
-            prefix = f"{leaf}."
-            own = inside and {
-                k[len(prefix) :]: v for k, v in inside.items() if k.startswith(prefix)
-            }
-            self._visit_children(full, module, own, outer.of(nodes, ends))
+            self.found.opaque[full] = stage.apot.opaque[leaf]
+            own = None if below is None else below[leaf]
+            self._visit_children(full, module, own, outer.of(called.get(leaf, ()), ends))
+
+
+def _by_leaf(leaves: Iterable[str], inside: dict[str, Calls]) -> dict[str, dict[str, Calls]]:
+    """Calls below each leaf, by the path from it."""
+    found: dict[str, dict[str, Calls]] = {leaf: {} for leaf in leaves}
+    for path, calls in inside.items():
+        for end, letter in enumerate(path):
+            if letter == "." and path[:end] in found:
+                found[path[:end]][path[end + 1 :]] = calls
+    return found
 
 
 def _verified(

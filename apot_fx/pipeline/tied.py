@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from ..config import QConfigMapping
 from ..fake_quant import FakeQuantize
-from ..graph import called_module, substitute
+from ..graph import called_module, module_calls, substitute
 from ..nn import (
     ConvertedWeighted,
     LinearProduct,
@@ -63,11 +63,7 @@ def _places(found: Captured) -> dict[int, tuple[str, Ends]]:
 
 
 def _calls(stage: StageModule) -> Iterator[tuple[nn.Module, list[fx.Node]]]:
-    calls: dict[str, list[fx.Node]] = {}
-    for node in stage.graph.nodes:
-        if node.op == "call_module":
-            calls.setdefault(str(node.target), []).append(node)
-    for nodes in calls.values():
+    for nodes in module_calls(stage.graph).values():
         layer = called_module(stage, nodes[0])
         if layer is not None:
             yield layer, nodes
