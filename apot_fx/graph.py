@@ -87,6 +87,8 @@ def value_kind(node: fx.Node) -> str:
     if node.target is operator.getitem:
         source = node.args[0]
         kind = value_kind(source) if isinstance(source, fx.Node) else "other"
+        if kind == "tuple" and isinstance(node.args[1], slice):
+            return "tuple"
         return "other" if kind == "other" else "tensor"
     if node.op == "call_function" and _is_scalar_arithmetic(node):
         return "other"

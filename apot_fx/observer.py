@@ -34,7 +34,8 @@ def rows_of(x: torch.Tensor, axis: int | None, group_size: int | None) -> torch.
 def _rows(x: torch.Tensor, axis: int | None, group_size: int | None) -> torch.Tensor:
     if axis is None:
         return x.reshape(1, -1)
-    rows = x.movedim(axis, 0).reshape(x.shape[axis], -1)
+    rows = x.movedim(axis, 0)
+    rows = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
     if group_size is None:
         return rows
     return functional.pad(rows, (0, -rows.shape[1] % group_size)).reshape(-1, group_size)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn.utils.prune import BasePruningMethod
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
@@ -30,7 +31,7 @@ _HOOKS = tuple(name for name in nn.Module().__dict__ if "_hooks" in name)
 
 
 #: Hooks of torch that compute a weight before every forward; a packed weight needs them no more.
-_COMPUTES_WEIGHT = (WeightNorm, SpectralNorm)
+_COMPUTES_WEIGHT = (WeightNorm, SpectralNorm, BasePruningMethod)
 
 
 def has_hooks(module: nn.Module) -> bool:

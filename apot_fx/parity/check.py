@@ -15,6 +15,7 @@ from ..errors import CalibrationError, StageError
 from ..fake_quant import FakeQuantize
 from ..graph import called_module
 from ..nn import ConvertedOp, PreparedLayer, PreparedOp, Quantize
+from ..passes.purity import unchanged
 from ..passes.stage import StageModule, info
 from ..passes.tree import joined, stage_info, stages, standalone
 from ..values import same_bits, tensor_pairs, unequal
@@ -132,7 +133,7 @@ class _Comparison:
 
     def _call(self, model: nn.Module, watch: Any, call: Forward, batch: Any, number: int) -> None:
         try:
-            with recording(model, watch):
+            with unchanged(model), recording(model, watch):
                 call(model, batch)
         except NodeFailure as problem:
             if model is self.prepared:

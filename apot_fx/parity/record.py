@@ -12,6 +12,7 @@ import torch
 from torch import fx, nn
 
 from ..graph import called_name
+from ..passes.aliasing import write_view
 from ..passes.stage import NodeInfo, StageModule, info
 from ..passes.tree import joined, stages, standalone
 
@@ -65,8 +66,16 @@ _UNINITIALISED = frozenset({"empty", "empty_like", "empty_strided", "new_empty"}
 def _means_nothing(node: fx.Node, value: Any) -> bool:
     """Whether there is nothing to compare: memory not yet written, or an argument's own object,
     which later nodes may change."""
-    given = node.op == "placeholder" and not isinstance(value, torch.Tensor)
-    return given or called_name(node) in _UNINITIALISED
+    plain = isinstance(value, (torch.Tensor, tuple, list))
+    given = (node.op == "placeholder" or node.target is getattr) and not plain
+    return given or _is_unwritten(node)
+
+
+def _is_unwritten(node: fx.Node) -> bool:
+    """Whether some of it may be memory that nothing was written to yet."""
+    while node.target is write_view and isinstance(node.args[0], fx.Node):
+        node = node.args[0]
+    return called_name(node) in _UNINITIALISED
 
 
 class NodeFailure(Exception):

@@ -49,6 +49,7 @@ _WITH_WEIGHTS = (
     nn.Embedding,
     nn.EmbeddingBag,
     nn.RNNBase,
+    nn.RNNCellBase,
     nn.MultiheadAttention,
     FunctionalLayer,
 )
@@ -225,6 +226,8 @@ def _why_float_here(layer: nn.Module, nodes: list[fx.Node]) -> str:
 
 def why_no_form(layer: nn.Module) -> str:
     """Why a layer has no quantized form at all; ``""`` where it has."""
+    if "forward" in layer.__dict__:
+        return "its forward is replaced on the instance"
     if type(layer) in EMBEDDINGS and layer.max_norm is not None:
         return "max_norm writes into its weight in forward"
     if prepared_type(type(layer)) or type(layer) in RECURRENT or type(layer) in EMBEDDINGS:

@@ -95,13 +95,17 @@ def index_op(stage: nn.Module, node: fx.Node) -> IndexOp | None:
     kind = _function_kind(stage, node) if module is None else _module_kind(module)
     if not kind:
         return None
-    inputs = _inputs(node, joins=kind == "join")
+    inputs = _inputs(stage, node, joins=kind == "join")
     return IndexOp(kind, inputs) if inputs else None
 
 
-def _inputs(node: fx.Node, joins: bool) -> tuple[fx.Node, ...]:
+def _inputs(stage: nn.Module, node: fx.Node, joins: bool) -> tuple[fx.Node, ...]:
     first = node.args[0] if node.args else node.kwargs.get("input", node.kwargs.get("tensors"))
-    candidates = list(first) if joins and isinstance(first, (list, tuple)) else [first]
+    candidates = [first]
+    if joins and isinstance(first, (list, tuple)):
+        candidates = list(first)
+    elif joins and not (isinstance(first, fx.Node) and index_op(stage, first)):
+        return ()  # a tuple that some call gives
     nodes = [item for item in candidates if isinstance(item, fx.Node)]
     moving = len(nodes) == len(candidates) and all(value_kind(n) != "other" for n in nodes)
     return tuple(nodes) if moving else ()

@@ -137,6 +137,7 @@ def without_parts(module: nn.Module) -> nn.Module:
     shell.__dict__.update(module.__dict__)
     for registry in ("_parameters", "_buffers", "_modules"):
         shell.__dict__[registry] = {}
+    shell.__dict__["training"] = int(module.training) != 0
     return shell
 
 

@@ -13,7 +13,7 @@ import operator
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import fx
@@ -41,7 +41,17 @@ _SIZE_ATTRIBUTES = frozenset({"shape", "size", "numel", "nelement", "stride"})
 
 
 class Untraceable(TraceError):
-    """A forward does what no graph can hold; the message says what."""
+    """A forward does what no graph can hold; the message says what.
+
+    ``latest``: how many were made, and the last one's message, since a forward's own ``except`` may
+    keep it from us. (Not the exception: it would hold frames, and these hold weights.)
+    """
+
+    latest: ClassVar[tuple[int, str]] = (0, "")
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+        Untraceable.latest = Untraceable.latest[0] + 1, message
 
 
 class ApotProxy(fx.Proxy):

@@ -20,6 +20,8 @@ import torch
 from torch import nn
 
 _REGISTRIES = ("_parameters", "_buffers", "_modules")
+#: Modules whose buffers no forward writes.
+_OURS = ("apot_fx.nn", "apot_fx.tensor", "apot_fx.fake_quant", "apot_fx.observer")
 _CONTAINERS = (list, dict, set)
 _SCALARS = (bool, int, float, complex, str)
 #: Packages whose functions keep no state that a forward depends on (or call torch themselves).
@@ -30,8 +32,12 @@ class Attributes:
     """The attributes of every module of a model, to compare and to put back."""
 
     def __init__(self, model: nn.Module) -> None:
-        self._before = [(name, m, _state(m)) for name, m in model.named_modules()]
-        self._buffers = [(b, b.detach().clone()) for b in model.buffers()]
+        self._before = [
+            (name, m, _state(m))
+            for name, m in model.named_modules()
+            if not isinstance(m, torch.jit.ScriptModule)
+        ]
+        self._buffers = [(b, b.detach().clone()) for b in _users_buffers(model)]
 
     def changed(self) -> dict[str, str]:
         """Modules whose attributes are others than before, and one attribute of each."""
@@ -60,6 +66,16 @@ class Attributes:
         for buffer, value in self._buffers:
             if buffer.shape == value.shape and not torch.equal(buffer, value):
                 buffer.copy_(value)
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """While open, forwards may count and write; after, attributes and buffers are as before."""
+    before = Attributes(model)
+    try:
+        yield
+    finally:
+        before.restore()
 
 
 def _state(module: nn.Module) -> dict[str, tuple[Any, Any]]:
@@ -96,6 +112,13 @@ def _same_members(mine: Any, theirs: Any) -> bool:
     if isinstance(mine, list):
         return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
     return bool(mine == theirs) if isinstance(mine, set) else True
+
+
+def _users_buffers(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Every buffer that a forward of a user's may write: packed weights and scales are ours."""
+    for module in model.modules():
+        if not type(module).__module__.startswith(_OURS):
+            yield from (b for b in module._buffers.values() if b is not None)
 
 
 def random_state() -> Any:

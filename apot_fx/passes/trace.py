@@ -125,9 +125,10 @@ def _attempt(
         tracing_into_wrapped() if tracer.example is not None else nullcontext(),
         watching_globals(tracer.notice_outside_state, asking.visit),
     ):
-        before = random_state()
+        before, latest = random_state(), Untraceable.latest
         try:
             graph = tracer.trace(model)
+            tracer.check_swallowed(latest)
         finally:
             asking.restore()
         if random_state() != before:

@@ -174,7 +174,7 @@ class ApotTracer(fx.Tracer):
             asked = argument(parts, 1, "split_size")
             count = len(asked) if isinstance(asked, (list, tuple)) else 0
         if not count:
-            return super().iter(obj)
+            raise Untraceable("iteration over a traced value")
         return iter(members(obj, count))
 
     # Modules
@@ -205,9 +205,10 @@ class ApotTracer(fx.Tracer):
         if self.is_leaf_module(m, name):
             return super().call_module(m, forward, args, kwargs)
         self.inside.append(name)
-        before = random_state()
+        before, latest = random_state(), Untraceable.latest
         try:
             result = super().call_module(m, forward, args, kwargs)
+            self.check_swallowed(latest)
             if random_state() != before:
                 raise Untraceable("it draws random numbers of Python or NumPy")
             if name in self.outside_state:
@@ -223,6 +224,18 @@ class ApotTracer(fx.Tracer):
     def _is_registered(self, module: nn.Module) -> bool:
         return module in (self.submodule_paths or {})
 
+    def check_swallowed(self, latest: tuple[int, str]) -> None:
+        """Raise the refusal that was made since ``latest``: the forward caught it and went on."""
+        count, message = Untraceable.latest
+        if count != latest[0]:
+            raise Untraceable(f"{message}, which its own except clause caught")
+
+    def to_bool(self, obj: fx.Proxy) -> bool:
+        raise Untraceable("a Python decision on a traced value")
+
+    def keys(self, obj: fx.Proxy) -> Any:
+        raise Untraceable("** of a traced value")
+
     def path_of_module(self, mod: nn.Module) -> str:
         try:
             return super().path_of_module(mod)
@@ -237,7 +250,11 @@ class ApotTracer(fx.Tracer):
         """Record a call of a Python function that can't be followed."""
         try:
             stripped = pytree.tree_map(self._stripped, (args, kwargs), is_leaf=is_proxy)
-            call = OpaqueCall(function, *stripped).train(int(self.root.training) != 0)
+            call = OpaqueCall(function, *stripped)
+            for value in call.constants:  # a shell of the root, say: it follows the mode
+                if isinstance(value, nn.Module) and not self._is_registered(value):
+                    call.add_module("owner", value)
+            call.train(int(self.root.training) != 0)
             name = free_name(self.root, f"opaque_{function.__name__.strip('_')}")
             self.root.add_module(name, call)
             self.opaque.append(name)

@@ -75,7 +75,7 @@ class _Search:
         if path in self.read:
             self.found.read[path] = f"its weight is read at {self.read[path]} without calling it"
             return
-        if is_standalone_type(type(module)) and path:
+        if is_standalone_type(type(module)) and path and "forward" not in module.__dict__:
             self.found.layers[path] = module
             return
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import traceback
 from collections.abc import Callable, Iterator
@@ -15,7 +16,8 @@ from ..batches import evaluating
 from ..errors import GuardError, ModelError, TraceError
 from ..fake_quant import FakeQuantize
 from ..passes.example import Call
-from ..values import members, same_bits
+from ..passes.purity import unchanged
+from ..values import members, same_bits, tensors_in
 from .reads import parameter_reads
 
 #: Random state of every run that is compared.
@@ -57,12 +59,20 @@ def outputs(model: nn.Module, call: Call) -> Any:
     fused = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
-        with evaluating(model):
+        with evaluating(model), unchanged(model):
             torch.manual_seed(_SEED)
             own = call.copied()
-            return model(*own.args, **own.kwargs)
+            return _apart(model(*own.args, **own.kwargs), model)
     finally:
         torch.backends.mha.set_fastpath_enabled(fused)
+
+
+def _apart(result: Any, model: nn.Module) -> Any:
+    """A result of its own where a forward returns one of its buffers, which are put back."""
+    buffers = {id(buffer) for buffer in model.buffers()}
+    if not any(id(tensor) in buffers for tensor in tensors_in(result)):
+        return result
+    return copy.deepcopy(result)
 
 
 def with_outputs(model: nn.Module, call: Call) -> Call:

@@ -10,10 +10,11 @@ from torch import fx, nn
 from ..config import QConfig, QConfigMapping
 from ..errors import ModelError, TraceError
 from ..graph import copy_of, substitute
-from ..nn import expand_attention, prepare_standalone
+from ..nn import expand_attention, prepare_standalone, restore_attention
 from ..passes import prepare_passes, run_passes
 from ..passes.annotate import describe_config, resolve
 from ..passes.example import Call
+from ..passes.purity import Attributes
 from ..passes.report import PassReport
 from ..passes.stage import StageInfo, StageModule, keep_quantizers
 from ..passes.tied import Groups, settle
@@ -37,15 +38,11 @@ def prepare(
     mapping.check_quantizes()
     call = None if example_inputs is None else Call.of(example_inputs)
     model = require_float(take_in(model, call, inplace))
-    if call is None:
-        return _prepare(model if inplace else copy_of(model), mapping, None, True)
-    call.bound(model)
-    call = with_outputs(model, call)
-    if not tensors_in(call.outputs):
-        kind = type(call.outputs).__name__
-        raise ModelError(f"{type(model).__name__}'s forward gives no tensor but a {kind}")
     if inplace:
-        return _prepare(model, mapping, call, True)
+        return _prepare_inplace(model, mapping, call)
+    if call is None:
+        return _prepare(copy_of(model), mapping, None, True)
+    call = _checked(model, call)
     for in_graphs in (True, False):
         prepared = _prepare(copy_of(model), mapping, call, in_graphs)
         if _same_in_float(prepared, model, call):
@@ -54,6 +51,30 @@ def prepare(
         f"{type(model).__name__} prepared with every quantizer off gives other bits than the "
         "model, though its code and layers are its own; please report it with the model"
     )
+
+
+def _checked(model: nn.Module, call: Call) -> Call:
+    """Example inputs that fit the model, with what it gives."""
+    call.bound(model)
+    call = with_outputs(model, call)
+    if not tensors_in(call.outputs):
+        kind = type(call.outputs).__name__
+        raise ModelError(f"{type(model).__name__}'s forward gives no tensor but a {kind}")
+    return call
+
+
+def _prepare_inplace(model: nn.Module, mapping: QConfigMapping, call: Call | None) -> nn.Module:
+    """Take the model itself over; on any error it is as it was."""
+    call = None if call is None else _checked(model, call)
+    before = Attributes(model)
+    try:
+        prepared = _prepare(model, mapping, call, True)
+    except BaseException:
+        before.restore()
+        restore_attention(model)
+        raise
+    del before  # it holds weights, and fx leaves frames behind until garbage is collected
+    return prepared
 
 
 def _same_in_float(prepared: nn.Module, model: nn.Module, call: Call) -> bool:

@@ -34,7 +34,7 @@ def tied_layers(
     """The layers of a captured model that are registered with one Parameter, by its ``id``."""
     groups: dict[int, list[nn.Module]] = {}
     for module in model.modules():
-        weight = module._parameters.get("weight")
+        weight = dict(module._parameters.items()).get("weight")  # scripted ones have no get
         if weight is not None and has_weights(module):
             groups.setdefault(id(weight), []).append(module)
     groups = {key: layers for key, layers in groups.items() if len(layers) > 1}
@@ -90,7 +90,7 @@ def _weights(prepared: nn.Module) -> Iterator[tuple[PreparedWeighted, nn.Paramet
     for module in prepared.modules():
         if not isinstance(module, PreparedWeighted) or isinstance(module, PreparedFunctional):
             continue
-        weight = module._parameters.get("weight")
+        weight = dict(module._parameters.items()).get("weight")  # scripted ones have no get
         if weight is not None:
             yield module, weight, False
     for stage in stages(prepared).values():
