@@ -21,8 +21,8 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
     """``model(x)`` for a tensor, ``model(**d)`` for a dict, ``model(*t)`` for a tuple or list.
 
     From a tuple longer than the required parameters only these are passed (the rest is mostly
-    labels); that is said once per signature. Raises CalibrationError for a batch that the
-    signature does not take.
+    labels), or as many as the model was prepared with; that is said once per signature. Raises
+    CalibrationError for a batch that the signature does not take.
     """
     if isinstance(batch, torch.Tensor):
         return model(batch)
@@ -31,7 +31,8 @@ def run_batch(model: nn.Module, batch: Any) -> Any:
         _check_keys(batch, signature)
         return model(**batch)
     if isinstance(batch, (tuple, list)):
-        return model(*_required(tuple(batch), signature))
+        known = getattr(model, "apot", None)
+        return model(*_required(tuple(batch), signature, getattr(known, "positional", 0)))
     raise CalibrationError(
         f"a batch of type {type(batch).__name__}; a tensor, dict, tuple or list is wanted, "
         "or pass forward=lambda model, batch: …"
@@ -57,7 +58,8 @@ def _check_keys(batch: Mapping[str, Any], signature: inspect.Signature) -> None:
 _said: set[tuple[str, int]] = set()
 
 
-def _required(batch: tuple[Any, ...], signature: inspect.Signature) -> tuple[Any, ...]:
+def _required(batch: tuple[Any, ...], signature: inspect.Signature, given: int) -> tuple[Any, ...]:
+    """What of a tuple is passed: the required parameters, or as many as example_inputs had."""
     parameters = [
         p
         for p in signature.parameters.values()
@@ -70,6 +72,7 @@ def _required(batch: tuple[Any, ...], signature: inspect.Signature) -> tuple[Any
         raise CalibrationError(
             f"a batch of {len(batch)} members, but forward{signature} requires {count}"
         )
+    count = max(count, min(given, len(batch)))
     if len(batch) > count and (str(signature), count) not in _said:
         _said.add((str(signature), count))
         names = ", ".join(p.name for p in parameters[:count])

@@ -118,10 +118,10 @@ class PreparedLayer(PreparedWeighted):
             levels = torch.ops.apot_fx.levels(self.integer_weight(call.weight), quant.level_spec)
             s, b = self._scale_and_bias(call)
             if grid is None:
-                return call.product.weight_only(x, levels, s, b, size or levels[0].numel())
+                return call.product.weight_only(x, levels, s, b, size or levels.shape[1:].numel())
             x = torch.ops.apot_fx.to_levels(x, grid.clamped_alpha(), grid.level_spec)
             # By the weight-free bound: a look at the weights would be a data-dependent branch.
-            wide = levels[0].numel() * grid.unit * quant.unit > EXACT_SUM
+            wide = levels.shape[1:].numel() * grid.unit * quant.unit > EXACT_SUM
             return call.product(x, levels, s, b, size, wide)
 
     def _scale_and_bias(self, call: Call) -> tuple[torch.Tensor, torch.Tensor]:

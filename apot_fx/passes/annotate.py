@@ -57,7 +57,7 @@ _WITH_WEIGHTS = (
 
 def has_weights(module: nn.Module) -> bool:
     """Whether a module is a layer that a config may name."""
-    if isinstance(module, Expanded):
+    if isinstance(module, (Expanded, StageModule)):
         return False  # the layers are inside
     return isinstance(module, _WITH_WEIGHTS) or any(map(is_conv1d, type(module).__mro__))
 

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from ..errors import GuardError
+from ..nn import Expanded
 from .example import Call
+from .guards import check_count, check_given, check_keywords, check_option, check_same
 from .proxy import UNKNOWN, Untraceable, is_proxy, members
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ class RootArguments:
         self.tracer = tracer
         self.example = call is not None
         self.given = {} if call is None else call.bound(tracer.root).arguments
+        self.seen: dict[int, fx.Proxy] = {}
         self.by_name = frozenset() if call is None else frozenset(call.kwargs)
 
     def make(self, signature: inspect.Signature) -> tuple[list[Any], dict[str, Any]]:
@@ -77,7 +79,18 @@ class RootArguments:
             fixed = None if default == (None,) and name not in self.given else value
             self._guard(check_option, made, fixed, name)
             return value
+        if default == (None,) and value is not UNKNOWN:
+            self._guard(check_given, made, name)
+        if isinstance(self.tracer.root, Expanded) and isinstance(value, torch.Tensor):
+            return self._shared(made, value, name)
         return made
+
+    def _shared(self, made: fx.Proxy, value: torch.Tensor, name: str) -> fx.Proxy:
+        """Self-attention's one tensor for query, key and value: then torch has one product."""
+        first = self.seen.setdefault(id(value), made)
+        if first is not made:
+            self._guard(check_same, made, first, name)
+        return first
 
     def _variable(self, name: str) -> Iterable[Any]:
         if not self.example:
@@ -108,33 +121,3 @@ def _is_number(value: object) -> bool:
 
 def _is_plain(value: object) -> bool:
     return value is None or isinstance(value, (bool, int, float, str))
-
-
-def check_option(value: object, fixed: object, name: str) -> None:
-    """Graph node: an option that the trace has fixed must be passed as it was traced.
-
-    Raises GuardError otherwise.
-    """
-    if value is not fixed and not (isinstance(value, str) and value == fixed):
-        raise GuardError(
-            f"argument {name!r} was traced as {fixed!r} and is now another; pass example_inputs "
-            f"that hold {name!r} to prepare_apot"
-        )
-
-
-def check_count(values: tuple[Any, ...], count: int, name: str) -> None:
-    """Graph node: as many ``*args`` as were traced; raises GuardError otherwise."""
-    if len(values) != count:
-        raise GuardError(
-            f"{name}: traced with {count} of them, got {len(values)}; pass such example_inputs"
-        )
-
-
-def check_keywords(values: Mapping[str, Any], names: list[str], name: str) -> None:
-    """Graph node: the same ``**kwargs`` as were traced; raises GuardError otherwise."""
-    if sorted(values) != names:
-        odd = sorted(set(values) ^ set(names))
-        raise GuardError(
-            f"**{name}: {', '.join(odd)} given otherwise than while tracing; pass example_inputs "
-            "that hold the same keyword arguments"
-        )

@@ -36,7 +36,14 @@ class Call:
 
     def copied(self) -> Call:
         """The same with copies of tensors and objects: a forward may write into its inputs."""
-        args, kwargs = pytree.tree_map(_copied, (self.args, self.kwargs))
+        memo: dict[int, Any] = {}  # what was one object stays one
+
+        def copied(value: Any) -> Any:
+            if id(value) not in memo:
+                memo[id(value)] = _copied(value)
+            return memo[id(value)]
+
+        args, kwargs = pytree.tree_map(copied, (self.args, self.kwargs))
         return Call(args, kwargs)
 
     def resized(self) -> list[Call]:

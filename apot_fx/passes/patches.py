@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
+from torch.nn.utils import stateless
 
-from .proxy import admitting_isinstance, holds_proxy, is_proxy, value_isinstance
+from .proxy import Untraceable, admitting_isinstance, holds_proxy, is_proxy, value_isinstance
 
 if TYPE_CHECKING:
     from .tracer import ApotTracer
@@ -32,6 +33,7 @@ def recording_factories(tracer: ApotTracer) -> Iterator[None]:
     before = {name: getattr(torch, name) for name in (*_FACTORIES, *_RANDOM)}
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
     marking = dynamo.mark_static_address
+    swapping = stateless._reparametrize_module
     try:
         for name, function in before.items():
             if not isinstance(function, type):
@@ -40,9 +42,11 @@ def recording_factories(tracer: ApotTracer) -> Iterator[None]:
         torch.autocast.__enter__ = _entering(tracer, enter)  # type: ignore[method-assign]
         torch.autocast.__exit__ = _leaving(tracer, leave)  # type: ignore[method-assign]
         dynamo.mark_static_address = _on_tensors(marking)
+        stateless._reparametrize_module = _refused(tracer, swapping)
         yield
     finally:
         dynamo.mark_static_address = marking
+        stateless._reparametrize_module = swapping
         for name, function in before.items():
             setattr(torch, name, function)
         torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
@@ -76,6 +80,17 @@ def tracing_into_wrapped() -> Iterator[None]:
     finally:
         wrapped.clear()
         wrapped.update(before)
+
+
+def _refused(tracer: ApotTracer, swap: Callable[..., Any]) -> Callable[..., Any]:
+    """``functional_call`` puts other tensors into a module while it is called."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        if tracer.concrete:
+            return swap(*args, **kwargs)
+        raise Untraceable("functional_call with other parameters")
+
+    return refuse
 
 
 def _on_tensors(mark: Callable[..., Any]) -> Callable[..., Any]:

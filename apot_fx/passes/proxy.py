@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import fx
 
-from ..errors import GuardError, TraceError
+from ..errors import TraceError
 from ..graph import METADATA_METHODS, called_name
+from .guards import check_fact, check_given, check_keys, check_length, check_member
 from .mutation import AUGMENTED
 
 if TYPE_CHECKING:
@@ -74,21 +75,56 @@ class ApotProxy(fx.Proxy):
         unknown = value is UNKNOWN or isinstance(value, torch.Tensor)
         return ApotProxy if unknown else type(value)
 
+    def __getitem__(self, key: Any) -> Any:
+        if self.value is UNKNOWN and isinstance(key, str):
+            raise Untraceable(f"[{key!r}] of something unknown, which may hold None")
+        made = self.tracer.create_proxy("call_function", operator.getitem, (self, key), {})
+        return self._fact(made)
+
+    def _fact(self, found: Any) -> Any:
+        """None, bools and strings as they are in the example, for code that asks ``is None``.
+
+        Under a guard, since another call may hold something else: None for a tensor too.
+        """
+        value = found.value if is_proxy(found) else UNKNOWN
+        if isinstance(value, torch.Tensor) and not isinstance(self.value, torch.Tensor):
+            if self.tracer.is_given(self.node):
+                self.tracer.guard(check_given, found, str(found.node.args[1]))
+            return found
+        if value is not None and not isinstance(value, (bool, str)):
+            return found
+        self.tracer.guard(check_fact, found, value, self.node.name)
+        return value
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in ("node", "tracer"):
+            raise Untraceable(f"it sets {name!r} on something traced")
+        super().__setattr__(name, value)
+
     def __setitem__(self, index: Any, value: Any) -> None:
+        held = self.value
+        if isinstance(index, str) or (held is not UNKNOWN and not isinstance(held, torch.Tensor)):
+            raise Untraceable("it writes into an argument that is no tensor")
         self.tracer.create_proxy("call_function", operator.setitem, (self, index, value), {})
 
     def __getattr__(self, name: str) -> Any:
         value = self.value
         if value is UNKNOWN:
+            if not name.startswith("__") and not hasattr(torch.Tensor, name):
+                raise Untraceable(f".{name} of something unknown, which may be None")
             return ApotAttribute(self, name)
         if isinstance(value, Mapping) and name in _MAPPING:
             return lambda *args: _MAPPING[name](self, value, *args)
+        if isinstance(value, (list, dict, set)) and name in _MUTATORS:
+            raise Untraceable(f".{name}() writes into an argument that is no tensor")
         if not hasattr(value, name):
             raise AttributeError(f"{type(value).__name__!r} object has no attribute {name!r}")
         found = _attribute(value, name)
-        if found is None or isinstance(found, (bool, str)):
-            return found  # a fact about the kind of value that it is
-        return ApotAttribute(self, name)
+        made = ApotAttribute(self, name)
+        plain = found is None or isinstance(found, (bool, str))
+        if isinstance(value, torch.Tensor):
+            return found if plain else made  # a fact about the kind of tensor that it is
+        return self._fact(made) if plain or isinstance(found, torch.Tensor) else made
 
     def __bool__(self) -> bool:
         value = self.value
@@ -123,6 +159,8 @@ class ApotProxy(fx.Proxy):
     def _length(self, value: Any) -> int:
         if isinstance(value, torch.Tensor):
             raise Untraceable("len() of a tensor, which may be another next time")
+        if isinstance(value, (list, tuple, Mapping)) and self.tracer.is_given(self.node):
+            self.tracer.guard(check_length, self, len(value), self.node.name)
         return len(value)
 
     def __iter__(self) -> Iterator[Any]:
@@ -130,12 +168,19 @@ class ApotProxy(fx.Proxy):
         if value is UNKNOWN:
             return self._unpack(sys._getframe(1))
         if isinstance(value, Mapping):
-            return iter(list(value))
+            return iter(self._keys(value))
         if not hasattr(value, "__len__"):
             raise TypeError(f"{type(value).__name__!r} object is not iterable")
         if called_name(self.node) in _PARTS_BY_SIZE and not _unpacked(sys._getframe(1)):
             return iter(members(self, self._part_count()))
-        return iter(members(self, self._length(value)))
+        count = _unpacked(sys._getframe(1)) and len(value)
+        return iter(members(self, count or self._length(value)))
+
+    def _keys(self, value: Mapping[Any, Any]) -> list[Any]:
+        """A mapping's keys, of which each call must have the same."""
+        if self.tracer.is_given(self.node):
+            self.tracer.guard(check_keys, self, list(value), self.node.name)
+        return list(value)
 
     def _unpack(self, frame: Any) -> Iterator[Any]:
         count = _unpacked(frame)
@@ -151,6 +196,8 @@ class ApotProxy(fx.Proxy):
     def __contains__(self, item: Any) -> bool:
         value = self.value
         if isinstance(value, Mapping):
+            if self.tracer.is_given(self.node):
+                self.tracer.guard(check_member, self, item, item in value, self.node.name)
             return item in value
         raise Untraceable("`in` of a traced value")
 
@@ -209,11 +256,22 @@ def _attribute(value: Any, name: str) -> Any:
 
 
 _MAPPING: dict[str, Callable[..., Any]] = {
-    "keys": lambda proxy, value: list(value),
-    "values": lambda proxy, value: [proxy[key] for key in value],
-    "items": lambda proxy, value: [(key, proxy[key]) for key in value],
-    "get": lambda proxy, value, key, default=None: proxy[key] if key in value else default,
+    "keys": lambda proxy, value: proxy._keys(value),
+    "values": lambda proxy, value: [proxy[key] for key in proxy._keys(value)],
+    "items": lambda proxy, value: [(key, proxy[key]) for key in proxy._keys(value)],
+    "get": lambda proxy, value, *given: _get(proxy, *given),
 }
+
+
+def _get(proxy: Any, key: Any, default: Any = None) -> Any:
+    return proxy[key] if key in proxy else default  # noqa: SIM401  (this is that get)
+
+
+_MUTATORS = frozenset(
+    (
+        "append extend insert pop remove clear update setdefault popitem sort reverse add discard"
+    ).split()
+)
 
 
 def _augmented(target: Callable[[Any, Any], Any]) -> Callable[[fx.Proxy, Any], fx.Proxy]:
@@ -297,17 +355,3 @@ def _own_kind(node: fx.Node, values: Mapping[fx.Node, Any]) -> str | None:
     if node.op in ("call_module", "get_attr") or isinstance(values.get(node), torch.Tensor):
         return DATA
     return None
-
-
-def check_decision(value: object, expected: object, line: str) -> None:
-    """Graph node: what the trace has decided by an example must come out the same.
-
-    Raises GuardError otherwise.
-    """
-    found = bool(value) if isinstance(expected, bool) else value
-    if found != expected:
-        raise GuardError(
-            f"{line} decides by what came out as {expected} for the example_inputs and as {found} "
-            "now; prepare with example_inputs of this kind",
-            line,
-        )

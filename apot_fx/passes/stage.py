@@ -68,6 +68,7 @@ class StageInfo:
     reports: list[PassReport] = dataclasses.field(default_factory=list)
     opaque: dict[str, str] = dataclasses.field(default_factory=dict)  # untraced module → why
     ids: int = 0  # how many provenance ids its nodes have been given
+    positional: int = 0  # how many arguments example_inputs passed by position
     work: Work | None = None  # of calibrate's first batch
     forward: Forward | None = None  # how calibrate ran a batch; not pickled
 
@@ -140,6 +141,12 @@ class StageModule(fx.GraphModule):
         self.__dict__.update(plain)
         self.training = root.training
         self.apot = StageInfo(kind, getattr(root, "float_type", type(root)))
+
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        """The user's class, for Python code around a stage that asks ``isinstance``."""
+        known = self.__dict__.get("apot")
+        return type(self) if known is None else known.origin
 
     def __getattr__(self, name: str) -> Any:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import operator
 import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -18,6 +19,7 @@ from ..graph import argument, called_name, free_name
 from ..nn import ConvertedOp, PreparedOp, Quantize, ThroughFloat
 from .arguments import RootArguments
 from .example import Call
+from .guards import check_decision
 from .lines import LINE, running_line
 from .opaque_call import OpaqueCall, Record, fingerprint, without_parts
 from .patches import ambient_state, region_depth
@@ -27,7 +29,6 @@ from .proxy import (
     UNKNOWN,
     ApotProxy,
     Untraceable,
-    check_decision,
     hangs_on,
     is_proxy,
     members,
@@ -116,18 +117,22 @@ class ApotTracer(fx.Tracer):
         args, kwargs = (fx.map_arg(plain(a), self._known) for a in (node.args, node.kwargs))
         self.concrete += 1
         try:
-            if node.op == "get_attr":
-                return _attribute_at(self.root, str(node.target))
-            if node.op == "call_module":
-                module = self.root.get_submodule(str(node.target))
-                with plain_flags(module):
-                    return module(*args, **kwargs)
-            if node.op == "call_method":
-                return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-            target: Any = node.target
-            return target(*args, **kwargs)
+            with torch.no_grad():  # buffers that it writes stay leaves
+                return self._called(node, args, kwargs)
         finally:
             self.concrete -= 1
+
+    def _called(self, node: fx.Node, args: Any, kwargs: Any) -> Any:
+        if node.op == "get_attr":
+            return _attribute_at(self.root, str(node.target))
+        if node.op == "call_module":
+            module = self.root.get_submodule(str(node.target))
+            with plain_flags(module):
+                return module(*args, **kwargs)
+        if node.op == "call_method":
+            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        target: Any = node.target
+        return target(*args, **kwargs)
 
     def _known(self, node: fx.Node) -> Any:
         if node not in self.values:  # fx makes get_attr nodes of parameters by itself
@@ -159,10 +164,19 @@ class ApotTracer(fx.Tracer):
         if not self.settles_sizes and self.hangs_on(condition.node) == SIZE:
             raise Untraceable("a Python decision on a size, in a module that Python code calls")
         if not any(user.target is check_decision for user in condition.node.users):
-            facts = (condition, outcome, line)
-            guard = self.create_proxy("call_function", check_decision, facts, {})
-            guard.node.meta["keep"] = True
+            self.guard(check_decision, condition, outcome, line)
         return outcome
+
+    def guard(self, check: Callable[..., None], *facts: Any) -> None:
+        """Record a check that every later call passes or is refused by."""
+        made = self.create_proxy("call_function", check, facts, {})
+        made.node.meta["keep"] = True
+
+    def is_given(self, node: fx.Node) -> bool:
+        """Whether a value is an argument, or a member of one, rather than computed."""
+        while node.target in (operator.getitem, getattr) and isinstance(node.args[0], fx.Node):
+            node = node.args[0]
+        return node.op == "placeholder"
 
     def iter(self, obj: fx.Proxy) -> Iterator[fx.Proxy]:
         """Let ``for part in x.chunk(2)`` run: the call says how many parts there are."""
@@ -305,6 +319,8 @@ class ApotTracer(fx.Tracer):
         self.tensor_names = {tensor: name for name, tensor in tensors}
         if not is_module or "forward" in self.root.__dict__:
             raise Untraceable("forward is replaced on the instance")
+        if any("__call__" in vars(kind) for kind in _own_classes(type(self.root))):
+            raise Untraceable("its class has a __call__ of its own")
         signature = inspect.signature(inspect.unwrap(root_fn))
         positional, keywords = RootArguments(self, self.example).make(signature)
 
@@ -312,6 +328,13 @@ class ApotTracer(fx.Tracer):
             return root_fn(root, *args, **keywords)
 
         return call, [self.root, *positional]
+
+
+def _own_classes(kind: type) -> list[type]:
+    """The classes of a module before nn.Module, torch's left out."""
+    order = kind.__mro__
+    before = order[: order.index(nn.Module)]
+    return [one for one in before if not one.__module__.startswith("torch.")]
 
 
 def _attribute_at(root: nn.Module, path: str) -> Any:

@@ -15,7 +15,7 @@ from torch import nn
 
 from ..errors import GuardError, TraceError
 from ..graph import called_module, module_calls
-from ..nn import is_standalone_type
+from ..nn import Expanded, is_standalone_type
 from ..passes import run_passes, trace
 from ..passes.annotate import OuterLayers, has_weights
 from ..passes.example import Call
@@ -185,9 +185,13 @@ def _verified(
     stage = run_passes(traced, [Functionalize()])
     if calls is not None:
         check_bits(stage, module, calls)
-    elif path and any(n.meta.get("keep") for n in stage.graph.nodes if n.op == "call_function"):
+    elif path and not isinstance(module, Expanded) and _has_guards(stage):
         raise TraceError("how its caller sets its options is not known without example_inputs")
     return stage
+
+
+def _has_guards(stage: StageModule) -> bool:
+    return any(n.meta.get("keep") for n in stage.graph.nodes if n.op == "call_function")
 
 
 def _loses_layers(stage: StageModule, calls: Calls) -> bool:

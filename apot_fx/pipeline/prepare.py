@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from contextlib import suppress
 from typing import Any
 
 from torch import fx, nn
@@ -79,7 +80,8 @@ def _prepare_inplace(model: nn.Module, mapping: QConfigMapping, call: Call | Non
 
 def _same_in_float(prepared: nn.Module, model: nn.Module, call: Call) -> bool:
     """Whether prepared gives the model's bits; also where the model does not give them again."""
-    with in_float(prepared):
+    same = False
+    with in_float(prepared), suppress(Exception):  # its code may mind what it finds inside
         same = same_bits(call.outputs, outputs(prepared, call))
     return same or not same_bits(call.outputs, outputs(model, call))
 
@@ -104,6 +106,7 @@ def _prepare(
     info = stage_info(root)
     assert info is not None
     info.opaque = found.opaque
+    info.positional = 0 if call is None else len(call.args)
     info.reports.append(report)
     _check_config(found, mapping, report, type(model).__name__)
     return root

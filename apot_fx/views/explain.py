@@ -82,7 +82,8 @@ def _stage_rows(path: str, stage: StageModule) -> Iterator[dict[str, object]]:
     called = set()
     for call in stage.graph.nodes:
         is_call = call.op in ("call_module", "call_function", "call_method")
-        if not is_call or value_kind(call) == "other" or call in weights:
+        ours = isinstance(called_module(stage, call), (PreparedOp, ConvertedOp))
+        if not is_call or call in weights or (value_kind(call) == "other" and not ours):
             continue
         if call.meta.get("keep") and not info(call).reason:
             continue
@@ -94,6 +95,8 @@ def _stage_rows(path: str, stage: StageModule) -> Iterator[dict[str, object]]:
         if name in layers and name not in called:
             kind = type(layers[name]).__name__
             yield _cells(joined(path, name), kind, "float", why=_with_remedy(why))
+        elif why.startswith("`if self.training`"):
+            yield _cells(joined(path, name), "decision", "fixed", why=why)
 
 
 def _cells(

@@ -1,0 +1,335 @@
+"""Code that tracing tempts to get wrong: right bits, or an error that says what changed."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils import prune
+
+import apot_fx
+from apot_fx.errors import ApotError, CalibrationError, GuardError
+from apot_fx.values import same_bits
+
+
+class Base(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 8), nn.Linear(8, 3)
+
+
+@dataclasses.dataclass
+class Given:
+    x: torch.Tensor
+    double: bool = False
+    gain: torch.Tensor | None = None
+
+
+X = torch.linspace(-1, 1, 32).reshape(4, 8)
+
+
+def model_of(forward: Callable[..., Any], **children: nn.Module) -> nn.Module:
+    torch.manual_seed(0)
+    model = type("Odd", (Base,), {"forward": forward})()
+    for name, child in children.items():
+        model.add_module(name, child)
+    return model.eval()
+
+
+def check(model: nn.Module, batches: list[Any], with_example: bool) -> nn.Module:
+    """The whole way; the prepared model."""
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        example = batches[0] if with_example else None
+        prepared = apot_fx.prepare_apot(model, "w4a4", example_inputs=example)
+        apot_fx.calibrate(prepared, batches, progress=False)
+        converted = apot_fx.convert_apot(prepared)
+        verdict = apot_fx.check_parity(prepared, converted, batches)
+        assert verdict.ok, verdict
+        copy.deepcopy(prepared)
+        with torch.no_grad():
+            for batch in batches:
+                assert same_bits(prepared(*batch), converted(*batch))
+            prepared.apply(apot_fx.disable_fake_quant)
+            for batch in batches:
+                assert same_bits(prepared(*batch), model(*batch))
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+    return prepared
+
+
+def list_in(self: Any, xs: list[torch.Tensor]) -> list[torch.Tensor]:
+    return [self.b(torch.relu(self.a(x))) for x in xs]
+
+
+def member(self: Any, d: dict[str, torch.Tensor]) -> torch.Tensor:
+    y = self.b(torch.relu(self.a(d["x"])))
+    return y * d["gain"] if "gain" in d else y
+
+
+def values_in(self: Any, d: dict[str, torch.Tensor]) -> torch.Tensor:
+    return self.b(torch.relu(sum(self.a(x) for x in d.values())))
+
+
+def fields(self: Any, d: Given) -> torch.Tensor:
+    y = self.b(torch.relu(self.a(d.x)))
+    y = y * 2 if d.double else y
+    return y if d.gain is None else y * d.gain
+
+
+GAIN = torch.tensor(2.0)
+#: A forward, a first input, and one by which the model does something else.
+STRUCTURES: dict[str, tuple[Callable[..., Any], Any, Any]] = {
+    "length": (list_in, [X, X], [X, X, X]),
+    "shorter": (list_in, [X, X], [X]),
+    "membership": (member, {"x": X}, {"x": X, "gain": GAIN}),
+    "missing": (member, {"x": X, "gain": GAIN}, {"x": X}),
+    "keys": (values_in, {"p": X}, {"p": X, "q": X}),
+    "bool": (fields, Given(X), Given(X, double=True)),
+    "None": (fields, Given(X), Given(X, gain=GAIN)),
+    "not None": (fields, Given(X, gain=GAIN), Given(X)),
+}
+
+
+@pytest.mark.parametrize("case", STRUCTURES)
+def test_structure_of_an_example_is_guarded(case: str) -> None:
+    forward, first, other = STRUCTURES[case]
+    model = model_of(forward)
+    check(model, [(first,)], with_example=True)
+    prepared = apot_fx.prepare_apot(model, "w4a4", example_inputs=(first,))
+    with pytest.raises(GuardError, match="example_inputs"):
+        prepared(other)
+    check(model, [(first,), (other,)], with_example=False)  # then it is asked every time
+
+
+def test_an_optional_argument_that_the_example_gave() -> None:
+    def forward(self: Any, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.b(torch.relu(self.a(x)))
+        return y if mask is None else y * mask[:, :3]
+
+    model = model_of(forward)
+    prepared = check(model, [(X, X + 1)], with_example=True)  # a tuple passes both
+    with pytest.raises(GuardError, match="'mask' was given"):
+        prepared(X)
+
+
+def swallows(self: Any, x: torch.Tensor) -> torch.Tensor:
+    with contextlib.suppress(Exception):
+        if x.sum() > 0:
+            return self.b(self.a(x))
+    return self.b(torch.relu(self.a(x)))
+
+
+def tuple_slice(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.b(torch.cat(self.a(x).chunk(4, -1)[1:], -1).repeat(1, 2)[:, :8])
+
+
+def unwritten(self: Any, x: torch.Tensor) -> torch.Tensor:
+    y = torch.relu(self.a(x))
+    z = y.new_empty(len(y), 8)
+    z[..., :4] = y[:, 4:]
+    z[..., 4:] = y[:, :4]
+    return self.b(z)
+
+
+def swapped(self: Any, x: torch.Tensor) -> torch.Tensor:
+    weights = {name: value * 2 for name, value in self.a.named_parameters()}
+    return self.b(torch.relu(torch.func.functional_call(self.a, weights, (x,))))
+
+
+def by_method(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.b(self.choose(torch.relu(self.a(x))))
+
+
+class Puts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor, state: dict[str, torch.Tensor]) -> None:
+        state["h"] = self.layer(x)
+
+
+def writes_into_dict(self: Any, x: torch.Tensor) -> torch.Tensor:
+    state: dict[str, torch.Tensor] = {}
+    self.puts(self.a(x), state)
+    return self.b(torch.relu(state["h"])) if x.sum() < 1e9 else x
+
+
+def cells(self: Any, x: torch.Tensor) -> torch.Tensor:
+    h = c = torch.zeros(len(x), 8)
+    for step in range(x.size(1) // 4):
+        h, c = self.cell(self.a(x) + step, (h, c))
+    return self.b(h)
+
+
+def attends(self: Any, x: torch.Tensor) -> torch.Tensor:
+    if x.sum() > 1e9:
+        return x
+    y = self.a(x).unsqueeze(0)
+    assert isinstance(self.attend, nn.MultiheadAttention)
+    return self.b(self.attend(y, y, y)[0])
+
+
+CODE: dict[str, Callable[[], nn.Module]] = {
+    "swallows": lambda: model_of(swallows),
+    "tuple slice": lambda: model_of(tuple_slice),
+    "unwritten memory": lambda: model_of(unwritten),
+    "functional_call": lambda: model_of(swapped),
+    "dict argument": lambda: model_of(writes_into_dict, puts=Puts()),
+    "cells": lambda: model_of(cells, cell=nn.LSTMCell(8, 8)),
+    "scripted part": lambda: nn.Sequential(
+        nn.Linear(8, 8),
+        torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.ReLU())),
+        nn.Linear(8, 3),
+    ).eval(),
+}
+
+
+@pytest.mark.parametrize("with_example", [False, True])
+@pytest.mark.parametrize("case", CODE)
+def test_odd_code(case: str, with_example: bool) -> None:
+    check(CODE[case](), [(X,), (-X,), (X[:2],)], with_example)
+
+
+@pytest.mark.parametrize("with_example", [False, True])
+def test_a_method_with_a_decision_pickles(with_example: bool) -> None:
+    model = MethodModel().eval()
+    prepared = check(model, [(X,), (-X,)], with_example)
+    assert same_bits(pickle.loads(pickle.dumps(prepared))(X), prepared(X))
+
+
+class MethodModel(Base):
+    def choose(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if float(x.mean()) > 0.2 else x
+
+    forward = by_method
+
+
+def test_attention_that_python_calls() -> None:
+    attention = nn.MultiheadAttention(8, 2, batch_first=True)
+    prepared = check(model_of(attends, attend=attention), [(X,), (X[:3],)], with_example=True)
+    layers = [row["name"] for row in apot_fx.explain(prepared).rows if row["form"] == "quantized"]
+    assert {"attend.in_proj", "attend.out_proj"} <= set(layers)
+
+
+def test_a_pruned_layer() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    prune.l1_unstructured(model[0], "weight", 0.5)
+    check(model, [(X,)], with_example=False)
+
+
+def test_forward_replaced_on_a_layer() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)).eval()
+    plain = model[0].forward
+    model[0].forward = lambda x: plain(x) * 2  # type: ignore[method-assign]
+    prepared = check(model, [(X,)], with_example=True)
+    assert "replaced on the instance" in str(apot_fx.explain(prepared))
+
+
+class Calls(Base):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs) * 3
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(torch.relu(self.a(x)))
+
+
+def test_call_of_its_own() -> None:
+    check(Calls().eval(), [(X,)], with_example=False)
+
+
+class Counts(Base):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("seen", torch.zeros(8))
+        self.calls, self.history = 0, [0]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        self.history.append(1)
+        h = torch.relu(self.a(x))
+        self.seen.lerp_(h.mean(0), 0.1)
+        return self.b(h + self.seen)
+
+
+def test_prepare_and_parity_leave_a_models_own_state() -> None:
+    model = Counts().eval()
+    prepared = apot_fx.prepare_apot(model, "w4a4", example_inputs=X)
+    for one in (model, prepared):
+        assert (one.calls, one.history) == (0, [0]) and not one.seen.any()
+    apot_fx.calibrate(prepared, [X], progress=False)
+    before = prepared.seen.clone()
+    assert apot_fx.check_parity(prepared, apot_fx.convert_apot(prepared), [X]).ok
+    assert torch.equal(before, prepared.seen) and prepared.seen.is_leaf
+
+
+@pytest.mark.parametrize("with_attention", [False, True])
+def test_a_failed_inplace_prepare_changes_nothing(with_attention: bool) -> None:
+    layers: list[nn.Module] = [nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3)]
+    if with_attention:
+        layers.insert(1, nn.TransformerEncoderLayer(8, 2, 16))
+    model = nn.Sequential(*layers).eval()
+    kinds, keys = [type(m) for m in model.modules()], list(model.state_dict())
+    wrong = apot_fx.QConfigMapping.from_preset("w4a4").set_module_name("no_such_layer", None)
+    with pytest.raises(ApotError, match="no_such_layer"):
+        apot_fx.prepare_apot(model, wrong, inplace=True)
+    assert kinds == [type(m) for m in model.modules()] and keys == list(model.state_dict())
+    apot_fx.prepare_apot(model, "w4a4", inplace=True)
+
+
+def test_explain_names_decisions_on_the_mode() -> None:
+    def forward(self: Any, x: torch.Tensor) -> Any:
+        y = torch.relu(self.a(x))
+        return self.b(y) if self.training else (self.b(y), y)
+
+    prepared = apot_fx.prepare_apot(model_of(forward), "w4a4")
+    assert "`if self.training` decided once" in str(apot_fx.explain(prepared))
+
+
+def test_a_stage_is_still_of_its_class() -> None:
+    class Asks(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = Block()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.sum() > 1e9:
+                return x
+            assert isinstance(self.block, Block)
+            return self.b(self.block(self.a(x)))
+
+    prepared = check(Asks().eval(), [(X,)], with_example=True)
+    assert isinstance(prepared.block, torch.fx.GraphModule) and isinstance(prepared.block, Block)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x) + x
+
+
+def test_batches_of_nothing() -> None:
+    prepared = apot_fx.prepare_apot(model_of(list_in), "w4a4")
+    with pytest.raises(CalibrationError):
+        apot_fx.calibrate(prepared, [], progress=False)
+
+
+def test_a_layer_without_outputs() -> None:
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 0)).eval()
+    prepared = apot_fx.prepare_apot(model, "w4a4")
+    apot_fx.calibrate(prepared, [X], progress=False)
+    converted = apot_fx.convert_apot(prepared)
+    assert prepared(X).shape == converted(X).shape == (4, 0)
+    assert apot_fx.check_parity(prepared, converted, [X]).uncovered == ["2"]
