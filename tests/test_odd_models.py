@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as functional
 from torch import nn
 from torch.nn.utils import prune
 
@@ -179,6 +180,31 @@ def attends(self: Any, x: torch.Tensor) -> torch.Tensor:
     return self.b(self.attend(y, y, y)[0])
 
 
+def weight_on_the_left(self: Any, x: torch.Tensor) -> torch.Tensor:
+    y = torch.relu(self.a.weight @ self.a(x).mT)
+    return self.b((torch.matmul(self.a.weight, y.unsqueeze(0)) + self.a.bias[:, None]).mT)
+
+
+def geometry_of_shapes(self: Any, x: torch.Tensor) -> torch.Tensor:
+    y = self.a(x).unsqueeze(-1).expand(-1, -1, 5)
+    channels, width = self.conv.weight.shape[0], self.conv.weight.shape[-1]
+    assert channels == 8
+    y = functional.conv1d(y, self.conv.weight, padding=width - 1, groups=y.shape[1])
+    return self.b(torch.relu(y).mT)
+
+
+def probed(self: Any, x: torch.Tensor) -> torch.Tensor:
+    """torch asks whether a size is a number; nobody's except clause catches our refusal."""
+    channels = x.unsqueeze(-1).shape[1]
+    return self.b(
+        functional.conv1d(self.a(x).unsqueeze(-1), self.conv.weight, groups=channels)[:, :, 0]
+    )
+
+
+def depthwise() -> nn.Module:
+    return nn.Conv1d(8, 8, 1, groups=8)
+
+
 CODE: dict[str, Callable[[], nn.Module]] = {
     "swallows": lambda: model_of(swallows),
     "tuple slice": lambda: model_of(tuple_slice),
@@ -186,6 +212,9 @@ CODE: dict[str, Callable[[], nn.Module]] = {
     "functional_call": lambda: model_of(swapped),
     "dict argument": lambda: model_of(writes_into_dict, puts=Puts()),
     "cells": lambda: model_of(cells, cell=nn.LSTMCell(8, 8)),
+    "weight on the left": lambda: model_of(weight_on_the_left),
+    "geometry of shapes": lambda: model_of(geometry_of_shapes, conv=depthwise()),
+    "probed": lambda: model_of(probed, conv=depthwise()),
     "scripted part": lambda: nn.Sequential(
         nn.Linear(8, 8),
         torch.jit.script(nn.Sequential(nn.Linear(8, 8), nn.ReLU())),
@@ -333,3 +362,32 @@ def test_a_layer_without_outputs() -> None:
     converted = apot_fx.convert_apot(prepared)
     assert prepared(X).shape == converted(X).shape == (4, 0)
     assert apot_fx.check_parity(prepared, converted, [X]).uncovered == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("case", "layers"), [("weight on the left", 4), ("geometry of shapes", 3), ("probed", 3)]
+)
+def test_layers_of_odd_code_are_quantized(case: str, layers: int) -> None:
+    prepared = check(CODE[case](), [(X,)], with_example=True)
+    rows = apot_fx.explain(prepared).rows
+    assert sum(row["form"] == "quantized" for row in rows) == layers, rows
+
+
+class Picky(Base):
+    """Sizes decide, and a weight is read: rather a guard than a layer in float."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = functional.linear(x, self.a.weight)
+        return y * 2 if x.shape[0] > 2 else y
+
+
+class Decides(Base):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x) if float(x.sum()) > 0 else -self.a(x))
+
+
+def test_sizes_that_a_guard_refuses_do_not_fail_prepare() -> None:
+    model = nn.Sequential(Picky(), nn.ReLU(), Decides()).eval()
+    prepared = check(model, [(X,), (-X,)], with_example=True)
+    with pytest.raises(GuardError):
+        prepared(X[:1])

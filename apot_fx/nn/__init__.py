@@ -28,7 +28,7 @@ from .norm import ConvertedNorm, PreparedNorm
 from .op import ConvertedOp, PreparedOp
 from .pool import ConvertedPool, Pool, PreparedPool
 from .prepared import FunctionalLayer, PreparedFunctional, PreparedLayer
-from .products import LinearProduct, Product
+from .products import LeftProduct, LinearProduct, Product
 from .quantize import Quantize, Reader
 from .recurrent import RECURRENT, ConvertedRecurrent, PreparedRecurrent
 from .standalone import (
@@ -79,6 +79,7 @@ __all__ = [
     "ConvertedWeighted",
     "Expanded",
     "FunctionalLayer",
+    "LeftProduct",
     "LinearProduct",
     "Pool",
     "PreparedAdd",

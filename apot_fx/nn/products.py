@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import abc
 import dataclasses
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -116,3 +117,30 @@ class LinearProduct(Product):
     ) -> torch.Tensor:
         out: torch.Tensor = torch.ops.apot_fx.linear_weight_only(x.float(), w, s, b, group_size)
         return out
+
+
+@dataclasses.dataclass(frozen=True)
+class LeftProduct(LinearProduct):
+    """``w @ x``, channels on the last axis but one."""
+
+    channel_axis = -2
+    name = "matmul"
+
+    def in_float(
+        self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+    ) -> torch.Tensor:
+        y = torch.matmul(self.rows(weight), x)
+        return y if bias is None else y + bias.unsqueeze(-1)
+
+    def channels_meet_batch_norm(self, x: torch.Tensor) -> bool:
+        return x.dim() == 3
+
+    def __call__(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return _turned(super().__call__(_turned(x), *rest))
+
+    def weight_only(self, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+        return _turned(super().weight_only(_turned(x), *rest))
+
+
+def _turned(x: torch.Tensor) -> torch.Tensor:
+    return x.mT.contiguous() if x.dim() > 1 else x

@@ -14,6 +14,7 @@ from ..nn import (
     RECURRENT,
     STANDALONE,
     TRANSPOSED,
+    ConvertedOp,
     Expanded,
     FunctionalLayer,
     PreparedOp,
@@ -60,6 +61,12 @@ def has_weights(module: nn.Module) -> bool:
     if isinstance(module, (Expanded, StageModule)):
         return False  # the layers are inside
     return isinstance(module, _WITH_WEIGHTS) or any(map(is_conv1d, type(module).__mro__))
+
+
+def is_computed_inside(layer: nn.Module) -> bool:
+    """Whether functional layers that took a layer's weight are registered below it."""
+    kinds = (FunctionalLayer, PreparedOp, ConvertedOp)
+    return any(isinstance(child, kinds) for child in layer.children())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -189,6 +196,7 @@ def _never_called(stage: StageModule, calls: Iterable[str]) -> set[str]:
         for name, module in stage.named_modules()
         if has_weights(module)
         and not isinstance(module, PreparedOp)
+        and not is_computed_inside(module)
         and id(module) not in called
         and not name.startswith(inside)
         and name not in stage.apot.opaque

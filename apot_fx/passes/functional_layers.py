@@ -22,6 +22,7 @@ from ..graph import argument, called_module, constant_value, free_name, set_subm
 from ..nn import (
     ConvProduct,
     FunctionalLayer,
+    LeftProduct,
     LinearProduct,
     PreparedFunctional,
     Product,
@@ -71,7 +72,7 @@ class FunctionalLayers(Pass):
         constant = constants(stage)
         found: list[tuple[fx.Node, _Call, torch.Tensor]] = []
         for node in stage.graph.nodes:
-            call = _match(node)
+            call = _match(node, constant)
             if call is None or node in constant or node.meta.get("pinned"):
                 continue
             if not _is_constant(call.weight, constant) or not _is_constant(call.bias, constant):
@@ -103,7 +104,7 @@ def _rewrite(node: fx.Node, call: _Call, name: str) -> None:
     node.args, node.kwargs = (call.x, None, None, weight, call.bias), {}
 
 
-def _match(node: fx.Node) -> _Call | None:
+def _match(node: fx.Node, constant: set[fx.Node]) -> _Call | None:
     """The functional layer that a node calls, weight unchecked; None for any other node."""
     if node.op not in ("call_function", "call_method"):
         return None
@@ -121,9 +122,18 @@ def _match(node: fx.Node) -> _Call | None:
         bias, x, weight = (argument(node, place, key) for place, key in enumerate(keys))
         return _call(x, weight, bias, True, _linear, 2) if plain else None
     if node.target in _MATMULS:
-        weight = argument(node, 1, "other", node.kwargs.get("mat2"))
-        return _call(argument(node, 0, "input"), weight, None, True, _linear, 2)
+        left, right = (
+            argument(node, 0, "input"),
+            argument(node, 1, "other", node.kwargs.get("mat2")),
+        )
+        if left in constant:
+            return _call(right, left, None, False, _left, 2)
+        return _call(left, right, None, True, _linear, 2)
     return None
+
+
+def _left(weight: torch.Tensor) -> Product:
+    return LeftProduct()
 
 
 def _linear(weight: torch.Tensor) -> Product:

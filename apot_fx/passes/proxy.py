@@ -49,16 +49,38 @@ class Untraceable(TraceError):
     """
 
     latest: ClassVar[tuple[int, str]] = (0, "")
+    #: Where a number was last asked for, and ``latest`` before that.
+    asked: ClassVar[tuple[Any, tuple[int, str]]] = (None, latest)
 
     def __init__(self, message: str) -> None:
         super().__init__(message)
         Untraceable.latest = Untraceable.latest[0] + 1, message
+
+    @classmethod
+    def asking(cls, caller: Any) -> None:
+        """A number is asked for: by Python code, or by torch's C code, which tries all signatures
+        and catches what we raise."""
+        place = id(caller), caller.f_lasti
+        if cls.asked[0] != place:
+            cls.asked = place, cls.latest
+
+    @classmethod
+    def dispatched(cls, caller: Any) -> None:
+        """It was torch's C code, on its way to ``__torch_function__``: no refusal at all."""
+        place, before = cls.asked
+        if place == (id(caller), caller.f_lasti):
+            cls.latest = before
 
 
 class ApotProxy(fx.Proxy):
     """Records ``x += y`` and ``x[i] = y`` too; fx's own proxy takes the first for ``x + y``."""
 
     tracer: ApotTracer
+
+    @classmethod
+    def __torch_function__(cls, function: Any, *rest: Any) -> Any:
+        Untraceable.dispatched(sys._getframe(1))
+        return super().__torch_function__(function, *rest)
 
     @property
     def value(self) -> Any:
@@ -136,6 +158,7 @@ class ApotProxy(fx.Proxy):
         return int(self._number("int()"))
 
     def __index__(self) -> int:
+        Untraceable.asking(sys._getframe(1))
         return operator.index(self._number("an index or range()"))
 
     def __float__(self) -> float:
@@ -345,7 +368,8 @@ def _own_kind(node: fx.Node, values: Mapping[fx.Node, Any]) -> str | None:
         return SIZE
     of_tensor = isinstance(source, fx.Node) and isinstance(values.get(source), torch.Tensor)
     if node.op == "call_function" and node.target is getattr and of_tensor:
-        return SIZE if node.args[1] in _SIZE_ATTRIBUTES else FIXED
+        of_parameter = isinstance(source, fx.Node) and source.op == "get_attr"
+        return SIZE if not of_parameter and node.args[1] in _SIZE_ATTRIBUTES else FIXED
     if node.op == "call_method" and of_tensor:
         if node.target in _RANK_METHODS:
             return FIXED

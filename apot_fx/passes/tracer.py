@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
@@ -36,6 +37,9 @@ from .proxy import (
 from .purity import random_state
 from .training_flags import plain, plain_flags
 
+CONVOLUTIONS = frozenset(
+    getattr(functional, f"conv{kind}{rank}d") for kind in ("", "_transpose") for rank in (1, 2, 3)
+)
 _OURS = (PreparedOp, ConvertedOp, Quantize, ThroughFloat, FakeQuantize, OpaqueCall)
 
 
@@ -99,6 +103,8 @@ class ApotTracer(fx.Tracer):
     ) -> fx.Proxy:
         if kind.startswith("call"):
             self._check_region()
+        if target in CONVOLUTIONS:
+            args, kwargs = self._with_settled_geometry(args, kwargs)
         made = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if self.example is not None and kind != "placeholder":
             try:
@@ -108,6 +114,16 @@ class ApotTracer(fx.Tracer):
                     self.graph.erase_node(made.node)
                 raise
         return made
+
+    def _with_settled_geometry(self, args: Any, kwargs: Any) -> Any:
+        """Groups, padding and the like as numbers: with them in the graph it is no layer."""
+
+        def settled(value: Any) -> Any:
+            number = value.value if is_proxy(value) else None
+            kept = type(number) is int and not self._refusal(value, running_line())
+            return self.decide(value, number) if kept else value
+
+        return pytree.tree_map(settled, (args, kwargs), is_leaf=is_proxy)
 
     def _check_region(self) -> None:
         if self.concrete == 0 and (region_depth() or ambient_state() != self.ambient):
@@ -156,16 +172,23 @@ class ApotTracer(fx.Tracer):
 
     def decide(self, condition: ApotProxy, outcome: Any) -> Any:
         """The example's outcome, guarded; refused where the next batch may differ at any time."""
-        if self.hangs_on(condition.node) == DATA:
-            raise Untraceable("a Python decision on tensor values")
         line = running_line()
-        if line in self.refused_lines:
-            raise Untraceable("a Python decision that other sizes turn")
-        if not self.settles_sizes and self.hangs_on(condition.node) == SIZE:
-            raise Untraceable("a Python decision on a size, in a module that Python code calls")
+        refusal = self._refusal(condition, line)
+        if refusal:
+            raise Untraceable(refusal)
         if not any(user.target is check_decision for user in condition.node.users):
             self.guard(check_decision, condition, outcome, line)
         return outcome
+
+    def _refusal(self, condition: ApotProxy, line: str) -> str:
+        kind = self.hangs_on(condition.node)
+        if kind == DATA:
+            return "a Python decision on tensor values"
+        if line in self.refused_lines:
+            return "a Python decision that other sizes turn"
+        if not self.settles_sizes and kind == SIZE:
+            return "a Python decision on a size, in a module that Python code calls"
+        return ""
 
     def guard(self, check: Callable[..., None], *facts: Any) -> None:
         """Record a check that every later call passes or is refused by."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from ..nn import ConvertedRecurrent, ConvertedWeighted, PreparedRecurrent, PreparedWeighted
-from ..passes.annotate import has_weights
+from ..passes.annotate import has_weights, is_computed_inside
 from ..passes.edges import index_edges
 from ..passes.tree import stage_info, stages
 
@@ -47,8 +47,12 @@ _QUANTIZED = (PreparedWeighted, ConvertedWeighted, PreparedRecurrent, ConvertedR
 def _layers(model: nn.Module) -> tuple[int, int]:
     """Quantized layers, and layers left in float."""
     quantized = sum(isinstance(m, _QUANTIZED) for m in model.modules())
-    floats = sum(has_weights(m) and not isinstance(m, _QUANTIZED) for m in model.modules())
-    return quantized, floats
+    return quantized, sum(map(_is_float, model.modules()))
+
+
+def _is_float(module: nn.Module) -> bool:
+    quantized = isinstance(module, _QUANTIZED) or is_computed_inside(module)
+    return has_weights(module) and not quantized
 
 
 def _parameters(model: nn.Module) -> tuple[int, int]:
@@ -61,6 +65,6 @@ def _parameters(model: nn.Module) -> tuple[int, int]:
             inside += sum(weight.numel() for weight in module.weights.values())
         elif isinstance(module, ConvertedRecurrent):
             inside += sum(part.shape.numel() for part in module.weights.values())
-        elif has_weights(module):
+        elif _is_float(module):
             outside += sum(p.numel() for p in module.parameters(recurse=False))
     return inside, outside
