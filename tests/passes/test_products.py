@@ -250,7 +250,7 @@ def test_dropout_in_attention_acts_in_train_alone() -> None:
 
 
 LEFT: list[tuple[Fn, str]] = [
-    (lambda s, q, k, v, m: s.table @ v, "one operand is constant"),
+    (lambda s, q, k, v, m: s.table[None] @ v, "one operand is constant"),
     (
         lambda s, q, k, v, m: torch.baddbmm(
             v[:, 0], q[:, 0], k[:, 0, :4], alpha=q.size(0) * 0.5
