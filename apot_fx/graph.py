@@ -199,8 +199,21 @@ def constant_value(owner: nn.Module, node: fx.Node) -> Any:
     kwargs: Any = fx.map_arg(node.kwargs, lambda source: constant_value(owner, source))
     if node.op == "call_method":
         return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-    target: Any = called_module(owner, node) or node.target
+    module = called_module(owner, node)
+    if module is not None:
+        return _in_eval(module, args, kwargs)
+    target: Any = node.target
     return target(*args, **kwargs)
+
+
+def _in_eval(module: nn.Module, args: Any, kwargs: Any) -> Any:
+    """A parametrization's value: in train, looking would change it (power iterations)."""
+    modes = [(part, part.training) for part in module.modules()]
+    try:
+        return module.eval()(*args, **kwargs)
+    finally:
+        for part, training in modes:
+            part.training = training
 
 
 def prune(owner: fx.GraphModule) -> list[str]:

@@ -126,8 +126,10 @@ def test_a_layer_that_never_ran_is_named_everywhere() -> None:
     prepared = apot_fx.prepare_apot(Sometimes())
     x = torch.randn(3, 4)
     apot_fx.calibrate(prepared, [x], progress=False)
-    assert "never ran" in str(apot_fx.explain(prepared, "rare").rows[0]["why"])
-    with pytest.raises(CalibrationError, match=r"rare \(its activation_post_process never ran\)"):
+    assert "saw no finite value" in str(apot_fx.explain(prepared, "rare").rows[0]["why"])
+    with pytest.raises(
+        CalibrationError, match=r"rare \(its activation_post_process never saw a finite value\)"
+    ):
         apot_fx.convert_apot(prepared)
     apot_fx.calibrate(prepared, [x, x + 1e6], progress=False)
     converted = apot_fx.convert_apot(prepared)

@@ -391,3 +391,19 @@ def test_sizes_that_a_guard_refuses_do_not_fail_prepare() -> None:
     prepared = check(model, [(X,), (-X,)], with_example=True)
     with pytest.raises(GuardError):
         prepared(X[:1])
+
+
+@pytest.mark.parametrize("with_example", [False, True])
+def test_prepare_in_train_does_not_advance_a_parametrization(with_example: bool) -> None:
+    model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(8, 8)), nn.ReLU())
+    before = {name: value.clone() for name, value in model.train().state_dict().items()}
+    prepared = apot_fx.prepare_apot(model, "w4a4", example_inputs=X if with_example else None)
+    state = prepared.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in before.items())
+
+
+def test_calibration_of_nan_alone_is_said() -> None:
+    prepared = apot_fx.prepare_apot(model_of(list_in), "w4a4", example_inputs=([X],))
+    apot_fx.calibrate(prepared, [([X * float("nan")],)], progress=False)
+    with pytest.raises(CalibrationError, match="never saw a finite value"):
+        apot_fx.convert_apot(prepared)

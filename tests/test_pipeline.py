@@ -418,7 +418,9 @@ def test_convert_refuses() -> None:
     with pytest.raises(StageError, match="call prepare_apot first"):
         apot_fx.convert_apot(model)
     prepared = apot_fx.prepare_apot(model)
-    with pytest.raises(CalibrationError, match=r"stem \(its activation_post_process_0 never ran\)"):
+    with pytest.raises(
+        CalibrationError, match=r"stem \(its activation_post_process_0 never saw a finite value\)"
+    ):
         apot_fx.convert_apot(prepared)
     apot_fx.calibrate(prepared, batches)
     with pytest.raises(ConfigError, match="Did you mean 'reference'"):

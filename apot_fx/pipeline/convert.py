@@ -168,7 +168,7 @@ def _check_calibrated(prepared: nn.Module) -> None:
     waiting = []
     for layer, name, quant in _input_quants(prepared):
         if quant.state == OBSERVING:
-            seen = "was observed but not frozen" if quant.seen else "never ran"
+            seen = "was observed but not frozen" if quant.seen else "never saw a finite value"
             waiting.append(f"{layer} (its {name} {seen})")
     if waiting:
         more = f" and {len(waiting) - _NAMED} more" if len(waiting) > _NAMED else ""

@@ -149,7 +149,7 @@ def _standalone_row(path: str, layer: PreparedOp | ConvertedOp, own: str) -> dic
     quants = list(input_fake_quants(layer).values())
     inputs = _describe(quants[0]) if quants else getattr(layer, "float_input", "float")
     if any(quant.state == OBSERVING and not quant.seen for quant in quants):
-        own = "never ran so far: convert refuses it until it does"
+        own = "saw no finite value so far: convert refuses it until it does"
     if isinstance(layer, PreparedWeighted):
         if layer.read_at:
             why = f"its weight is read at {layer.read_at} without calling it"

@@ -355,7 +355,9 @@ def test_state_dicts() -> None:
 
 def test_convert_refuses_a_product_that_never_ran() -> None:
     prepared = apot_fx.prepare_apot(model_of(sdpa), OPTION).eval()
-    with pytest.raises(CalibrationError, match=r"apot_attention_0 \(its .*post_process never ran"):
+    with pytest.raises(
+        CalibrationError, match=r"apot_attention_0 \(its .*post_process never saw a finite value"
+    ):
         apot_fx.convert_apot(prepared)
 
 
