@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 
 from ..graph import called_name
-from ..passes.aliasing import write_view
+from ..passes.aliasing import VIEWS, write_view
 from ..passes.stage import NodeInfo, StageModule, info
 from ..passes.tree import joined, stages, standalone
 
@@ -73,9 +73,13 @@ def _means_nothing(node: fx.Node, value: Any) -> bool:
 
 def _is_unwritten(node: fx.Node) -> bool:
     """Whether some of it may be memory that nothing was written to yet."""
-    while node.target is write_view and isinstance(node.args[0], fx.Node):
-        node = node.args[0]
+    while isinstance(source := next(iter(node.args), None), fx.Node) and _shares_memory(node):
+        node = source
     return called_name(node) in _UNINITIALISED
+
+
+def _shares_memory(node: fx.Node) -> bool:
+    return node.target is write_view or called_name(node) in VIEWS
 
 
 class NodeFailure(Exception):
