@@ -136,9 +136,9 @@ def tuple_slice(self: Any, x: torch.Tensor) -> torch.Tensor:
 
 def unwritten(self: Any, x: torch.Tensor) -> torch.Tensor:
     y = torch.relu(self.a(x))
-    z = y.new_empty(len(y), 8)
-    z[..., :4] = y[:, 4:]
-    z[..., 4:].copy_(y[:, :4])
+    z = y.new_empty(y.shape[0], 8)
+    z[..., :4].copy_(y[:, 4:])
+    z[..., 4:] = y[:, :4]
     return self.b(z)
 
 
