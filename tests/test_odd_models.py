@@ -411,7 +411,8 @@ def test_calibration_of_nan_alone_is_said() -> None:
 
 
 def test_parity_does_not_compare_unwritten_memory() -> None:
-    prepared = check(model_of(unwritten), [(X,)], with_example=True)
+    prepared = apot_fx.prepare_apot(model_of(unwritten), "w4a4", example_inputs=X)
+    apot_fx.calibrate(prepared, [X], progress=False)
     assert isinstance(prepared, torch.fx.GraphModule)
     empty = next(node for node in prepared.graph.nodes if node.target == "new_empty")
     view = next(user for user in empty.users if user.target is operator.getitem)
