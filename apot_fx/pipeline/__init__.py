@@ -6,9 +6,19 @@ import these.
 """
 
 from .calibrate import calibrate
-from .convert import BACKENDS, convert
+from .convert import BACKENDS, check_convertible, convert
+from .floats import in_float
 from .merge import merge_observers
 from .prepare import prepare
 from .stages import require_stage
 
-__all__ = ["BACKENDS", "calibrate", "convert", "merge_observers", "prepare", "require_stage"]
+__all__ = [
+    "BACKENDS",
+    "calibrate",
+    "check_convertible",
+    "convert",
+    "in_float",
+    "merge_observers",
+    "prepare",
+    "require_stage",
+]

@@ -45,7 +45,7 @@ def convert(prepared: nn.Module, backend: str, low_memory: bool, inplace: bool) 
             f"unknown backend {backend!r}; known: {', '.join(BACKENDS)}."
             f"{did_you_mean(backend, BACKENDS)}"
         )
-    _check_convertible(prepared)
+    check_convertible(prepared, "convert_apot")
     model = prepared if inplace else copy_of(prepared)
     model.eval()
     tied, sharing = shared_fake_quants(model), _sharing(model)
@@ -102,9 +102,9 @@ def _convert_standalone(model: nn.Module, low_memory: bool, shared: frozenset[in
             set_submodule(model, alias, converted)
 
 
-def _check_convertible(prepared: nn.Module) -> None:
-    """Everything convert refuses, before anything is touched."""
-    _check_calibrated(prepared)
+def check_convertible(prepared: nn.Module, verb: str) -> None:
+    """Everything convert refuses, before anything is touched; ``verb``: who asks."""
+    _check_calibrated(prepared, verb)
     for name, weight in _weights(prepared):
         _check_values(name, weight)
     floats = tuple(
@@ -164,7 +164,7 @@ def _input_quants(prepared: nn.Module) -> Iterator[tuple[str, str, FakeQuantize]
             yield path, name, quant
 
 
-def _check_calibrated(prepared: nn.Module) -> None:
+def _check_calibrated(prepared: nn.Module, verb: str) -> None:
     waiting = []
     for layer, name, quant in _input_quants(prepared):
         if quant.state == OBSERVING:
@@ -173,7 +173,7 @@ def _check_calibrated(prepared: nn.Module) -> None:
     if waiting:
         more = f" and {len(waiting) - _NAMED} more" if len(waiting) > _NAMED else ""
         raise CalibrationError(
-            f"convert_apot: still observing: {', '.join(waiting[:_NAMED])}{more}; run "
+            f"{verb}: still observing: {', '.join(waiting[:_NAMED])}{more}; run "
             "apot_fx.calibrate(prepared, batches), or apot_fx.freeze(prepared) after a loop of "
             "your own; a layer that never runs stays float with "
             "QConfigMapping.set_module_name(layer, None)"

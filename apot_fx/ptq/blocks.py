@@ -1,0 +1,148 @@
+"""Blocks of a graph: stretches that one value alone enters and one alone leaves.
+
+*Moving* values depend on a layer that is learned. A place where a single moving value is alive is a
+cut; what lies between two cuts (a residual block, parallel branches, one layer with its relu) has
+one result, so that its float result is a target for all the layers in it. Values that do not move
+(a mask, say) may come in anywhere.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator, Mapping
+
+from torch import fx
+
+from ..fake_quant import FakeQuantize
+from ..graph import called_module, value_kind
+from ..passes.functional_layers import constants
+from ..passes.index_ops import bounds
+from ..passes.stage import StageModule
+
+#: A layer needs a partner: rounding errors of one are made up for by the next.
+LAYERS = 2
+#: Larger stretches (a whole U-net) are learned layer by layer.
+MOST_LAYERS = 10
+
+#: Layers that are learned in the call of a node, by the node.
+Calls = Mapping[fx.Node, Collection[str]]
+
+
+@dataclasses.dataclass
+class Block:
+    """Nodes in graph order, of which the last value is ``end``; ``layers``: those in it."""
+
+    nodes: list[fx.Node]
+    end: fx.Node
+    layers: list[str]
+
+    def inputs(self) -> list[fx.Node]:
+        """Values from before that it reads."""
+        inside = set(self.nodes)
+        read = (source for node in self.nodes for source in node.all_input_nodes)
+        return list(dict.fromkeys(source for source in read if source not in inside))
+
+
+@dataclasses.dataclass
+class _Piece:
+    """Part of a graph from cut to cut; ``end``: the moving value that leaves it, if it is one."""
+
+    nodes: list[fx.Node]
+    end: fx.Node | None
+    layers: list[str]
+
+
+def blocks(stage: StageModule, calls: Calls) -> list[Block]:
+    """Blocks of a stage in graph order: of two layers where the graph is a chain, of what lies
+    between two cuts where it branches, of one layer where that would be too many."""
+    found: list[Block] = []
+    graph = _Graph(stage, calls)
+    waiting: list[_Piece] = []
+
+    def flush() -> None:
+        if waiting:
+            nodes = [node for piece in waiting for node in piece.nodes]
+            layers = [layer for piece in waiting for layer in piece.layers]
+            end = waiting[-1].end
+            assert end is not None
+            found.append(graph.block(nodes, end, layers))
+            waiting.clear()
+
+    for piece in graph.pieces():
+        if piece.end is None or len(piece.layers) > MOST_LAYERS:
+            flush()
+            found.extend(graph.single_layers(piece))
+            continue
+        if len(piece.layers) >= LAYERS:
+            flush()
+        waiting.append(piece)
+        if sum(len(part.layers) for part in waiting) >= LAYERS:
+            flush()
+    flush()
+    # What may be written in place has another value later.
+    return [b for b in found if not any(n.meta.get("pinned") for n in (*b.nodes, *b.inputs()))]
+
+
+class _Graph:
+    """A stage's graph: which values move, and which hang on parameters alone."""
+
+    def __init__(self, stage: StageModule, calls: Calls) -> None:
+        self.stage, self.calls = stage, calls
+        self.order = [node for node in stage.graph.nodes if node.op != "output"]
+        self.place = {node: number for number, node in enumerate(stage.graph.nodes)}
+        self.constant = constants(stage)
+        self.moving: set[fx.Node] = set()
+        for node in self.order:
+            if calls.get(node) or any(n in self.moving for n in node.all_input_nodes):
+                self.moving.add(node)
+
+    def pieces(self) -> Iterator[_Piece]:
+        """Stretches from a fake-quant or layer to just before the next one; those with layers."""
+        piece = _Piece([], None, [])
+        for nodes, end in self._stretches():
+            own = [layer for node in nodes for layer in self.calls.get(node, ())]
+            starts = own or any(
+                isinstance(called_module(self.stage, n), FakeQuantize) for n in nodes
+            )
+            if starts and piece.layers:
+                yield piece
+                piece = _Piece([], None, [])
+            piece = _Piece([*piece.nodes, *nodes], end, [*piece.layers, *own])
+        if piece.layers:
+            yield piece
+
+    def _stretches(self) -> Iterator[tuple[list[fx.Node], fx.Node | None]]:
+        """Nodes from cut to cut, each with the moving value that alone is alive after it."""
+        alive: set[fx.Node] = set()
+        stretch: list[fx.Node] = []
+        for number, node in enumerate(self.order):
+            stretch.append(node)
+            if node in self.moving and value_kind(node) != "other":
+                alive.add(node)
+            alive = {one for one in alive if any(self.place[n] > number for n in one.users)}
+            if len(alive) < 2:
+                yield stretch, next(iter(alive), None)
+                stretch = []
+        if stretch:
+            yield stretch, None
+
+    def single_layers(self, piece: _Piece) -> Iterator[Block]:
+        """Each layer that a node calls, with the relu behind it."""
+        for node in piece.nodes:
+            if len(self.calls.get(node, ())) == 1:
+                end, nodes = node, [node]
+                while len(end.users) == 1 and bounds(self.stage, next(iter(end.users))) is not None:
+                    end = next(iter(end.users))
+                    nodes.append(end)
+                yield self.block(nodes, end, list(self.calls[node]))
+
+    def block(self, nodes: list[fx.Node], end: fx.Node, layers: list[str]) -> Block:
+        """What ``end`` needs of the nodes that move, and the constants that these need."""
+        inside = self.constant | (self.moving & set(nodes))
+        needed, pending = {end}, [end]
+        while pending:
+            for source in pending.pop().all_input_nodes:
+                if source in inside and source not in needed:
+                    needed.add(source)
+                    pending.append(source)
+        return Block([node for node in self.order if node in needed], end, layers)

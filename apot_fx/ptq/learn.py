@@ -1,0 +1,120 @@
+"""Learn the roundings of one unit.
+
+Source: Nagel et al., *Up or Down? Adaptive Rounding for Post-Training Quantization*, ICML 2020,
+equations 21 to 25; Li et al., *BRECQ*, ICLR 2021, for blocks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from ..errors import CalibrationError
+from .rounding import annealed_beta, regularizer
+from .samples import Samples, floats_in
+from .soft import SoftWeight
+from .units import Unit
+from .weights import Weight
+
+RATE = 1e-2  # of Adam
+WEIGHT = 0.1  # of the regularizer's mean, beside an error relative to the target's variance
+WARM_START = 0.2  # the part of the steps that goes without regularizer
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    """How a unit is learned: steps, rows in a step, and the seed of all units."""
+
+    steps: int
+    batch_size: int
+    seed: int
+
+
+@contextmanager
+def softened(weights: Mapping[str, Weight]) -> Iterator[dict[str, SoftWeight]]:
+    """While open, the layers compute with soft weights in the place of quantized ones."""
+    quants = {name: weight.quant for name, weight in weights.items()}
+    made = {name: SoftWeight(weight.rows, quants[name]) for name, weight in weights.items()}
+    try:
+        for name, weight in weights.items():
+            weight.op._modules[weight.child] = made[name]
+        yield made
+    finally:
+        for name, weight in weights.items():
+            weight.op._modules[weight.child] = quants[name]
+
+
+def learn(
+    unit: Unit,
+    model: nn.Module,
+    weights: Mapping[str, Weight],
+    samples: Samples,
+    settings: Settings,
+    number: int,
+    progress: Callable[[float | None], None],
+) -> dict[str, torch.Tensor]:
+    """Which elements of a unit's weights go up, by the weight's name; bool, as rows.
+
+    ``number``: of the unit, part of its seed. ``progress`` is told of every step, now and then with
+    the loss.
+    """
+    generator = torch.Generator().manual_seed((settings.seed << 20) + number)
+    with softened(weights) as soft, torch.enable_grad():
+        logits = [one.logits for one in soft.values()]
+        count = sum(one.numel() for one in logits)
+        optimizer = torch.optim.Adam(logits, RATE)
+        for step in range(settings.steps):
+            inputs, target = samples.draw(generator)
+            loss = error(unit.run(model, inputs), target) / samples.power
+            if step >= WARM_START * settings.steps:
+                beta = annealed_beta(step, settings.steps, WARM_START)
+                decided = sum((regularizer(v, beta) for v in logits), torch.zeros(()))
+                loss = loss + WEIGHT * decided / count
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            progress(float(loss) if step % 50 == 0 or step + 1 == settings.steps else None)
+        return {name: one.up() for name, one in soft.items()}
+
+
+def error(found: object, target: object) -> torch.Tensor:
+    """Mean squared difference of all floating-point values of a result."""
+    pairs = list(zip(floats_in(found), floats_in(target), strict=True))
+    lost = sum(((one.float() - other.float()).square().sum() for one, other in pairs))
+    return torch.as_tensor(lost) / max(1, sum(one.numel() for one, _ in pairs))
+
+
+@torch.no_grad()
+def mean_error(unit: Unit, model: nn.Module, samples: Samples) -> float:
+    """Error of a unit over all its calls, relative to the targets' variance, as it rounds now."""
+    lost = [float(error(unit.run(model, inputs), target)) for inputs, target in samples]
+    found = sum(lost) / len(lost) / samples.power
+    if not found < float("inf"):
+        raise CalibrationError(
+            f"adaround: {unit.name} gives NaN or inf for a batch; drop that batch, or repair the "
+            "weights"
+        )
+    return found
+
+
+@torch.no_grad()
+def commit(weight: Weight, up: torch.Tensor) -> int:
+    """Move a float weight onto its chosen levels; how many elements left their nearest level.
+
+    An element that its dtype can't put there (bfloat16 beside fine levels) stays where it was.
+    """
+    soft, before, nearest = (
+        SoftWeight(weight.rows, weight.quant),
+        weight.rows.clone(),
+        weight.index(),
+    )
+    chosen = soft.index + up.int()
+    weight.write(torch.where(soft.free, soft.committed(up).to(before.dtype), before))
+    missed = weight.index().int() != chosen
+    if bool(missed.any()):
+        weight.write(torch.where(missed, before, weight.rows))
+    return int((weight.index() != nearest).sum())
