@@ -166,19 +166,23 @@ class _Run:
     def _learn(self, unit: Unit, number: int, show: Callable[[float | None], None]) -> Learned:
         """A unit's roundings; none where they are no better than the nearest levels."""
         student, settings = self.student, self.settings
-        own = {name: self.weights[name] for name in unit.weights}
-        floats = {name: weight.value.clone() for name, weight in own.items()}
+        weights = {name: self.weights[name] for name in (*unit.weights, *unit.ahead)}
+        floats = {name: weight.value.clone() for name, weight in weights.items()}
         with Shelf(max(0, self.limit)) as cache:
             calls = collect(unit, student, self.prepared, self.runs, self.times, cache)
             samples = Samples(calls, lambda given: unit.run(student, given), settings.batch_size)
             before = mean_error(unit, student, samples)
-            up = learn(unit, student, own, samples, settings, number, show)
-            for name, weight in own.items():
-                commit(weight, up[name])
+            up = {}
+            if before > 0:
+                up = learn(unit, student, weights, samples, before, settings, number, show)
+            for name, chosen in up.items():
+                commit(weights[name], chosen)
             after = mean_error(unit, student, samples)
-        for name, weight in own.items():
+        for name, weight in weights.items():
             weight.value.copy_(floats[name])
-        return Learned(before, after, up) if after < before else Learned(before, before, {})
+        if not after < before:
+            return Learned(before, before, {})
+        return Learned(before, after, {name: up[name] for name in unit.weights})
 
     def commit(self) -> Table:
         """Move the model's own weights, and tell."""

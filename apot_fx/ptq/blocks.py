@@ -19,8 +19,8 @@ from ..passes.functional_layers import constants
 from ..passes.index_ops import bounds
 from ..passes.stage import StageModule
 
-#: A layer needs a partner: rounding errors of one are made up for by the next.
-LAYERS = 2
+#: So many layers are learned at once where the graph has no larger stretch without a cut.
+LAYERS = 3
 #: Larger stretches (a whole U-net) are learned layer by layer.
 MOST_LAYERS = 10
 
@@ -30,11 +30,16 @@ Calls = Mapping[fx.Node, Collection[str]]
 
 @dataclasses.dataclass
 class Block:
-    """Nodes in graph order, of which the last value is ``end``; ``layers``: those in it."""
+    """Nodes in graph order, of which the last value is ``end``.
+
+    ``layers``: those it decides; ``ahead``: those behind them, which are learned along so that they
+    can make up for the first ones' errors, and are decided in a later block.
+    """
 
     nodes: list[fx.Node]
     end: fx.Node
     layers: list[str]
+    ahead: list[str]
 
     def inputs(self) -> list[fx.Node]:
         """Values from before that it reads."""
@@ -53,34 +58,29 @@ class _Piece:
 
 
 def blocks(stage: StageModule, calls: Calls) -> list[Block]:
-    """Blocks of a stage in graph order: of two layers where the graph is a chain, of what lies
-    between two cuts where it branches, of one layer where that would be too many."""
+    """Blocks of a stage in graph order, one for each stretch between two cuts that has layers; of
+    one layer where that has too many."""
     found: list[Block] = []
     graph = _Graph(stage, calls)
-    waiting: list[_Piece] = []
-
-    def flush() -> None:
-        if waiting:
-            nodes = [node for piece in waiting for node in piece.nodes]
-            layers = [layer for piece in waiting for layer in piece.layers]
-            end = waiting[-1].end
-            assert end is not None
-            found.append(graph.block(nodes, end, layers))
-            waiting.clear()
-
-    for piece in graph.pieces():
+    pieces = list(graph.pieces())
+    for place, piece in enumerate(pieces):
         if piece.end is None or len(piece.layers) > MOST_LAYERS:
-            flush()
             found.extend(graph.single_layers(piece))
-            continue
-        if len(piece.layers) >= LAYERS:
-            flush()
-        waiting.append(piece)
-        if sum(len(part.layers) for part in waiting) >= LAYERS:
-            flush()
-    flush()
+        else:
+            found.append(graph.block(piece, _ahead(piece, pieces[place + 1 :])))
     # What may be written in place has another value later.
     return [b for b in found if not any(n.meta.get("pinned") for n in (*b.nodes, *b.inputs()))]
+
+
+def _ahead(piece: _Piece, following: list[_Piece]) -> list[_Piece]:
+    """The pieces that are learned along with one."""
+    count, found = len(piece.layers), list[_Piece]()
+    for other in following:
+        count += len(other.layers)
+        if count - len(other.layers) >= LAYERS or count > MOST_LAYERS or other.end is None:
+            break
+        found.append(other)
+    return found
 
 
 class _Graph:
@@ -134,10 +134,14 @@ class _Graph:
                 while len(end.users) == 1 and bounds(self.stage, next(iter(end.users))) is not None:
                     end = next(iter(end.users))
                     nodes.append(end)
-                yield self.block(nodes, end, list(self.calls[node]))
+                yield self.block(_Piece(nodes, end, list(self.calls[node])), [])
 
-    def block(self, nodes: list[fx.Node], end: fx.Node, layers: list[str]) -> Block:
-        """What ``end`` needs of the nodes that move, and the constants that these need."""
+    def block(self, piece: _Piece, ahead: list[_Piece]) -> Block:
+        """What the end needs of the nodes that move, and the constants that these need."""
+        nodes = [node for part in (piece, *ahead) for node in part.nodes]
+        layers = [layer for part in ahead for layer in part.layers]
+        end = (ahead or [piece])[-1].end
+        assert end is not None
         inside = self.constant | (self.moving & set(nodes))
         needed, pending = {end}, [end]
         while pending:
@@ -145,4 +149,4 @@ class _Graph:
                 if source in inside and source not in needed:
                     needed.add(source)
                     pending.append(source)
-        return Block([node for node in self.order if node in needed], end, layers)
+        return Block([n for n in self.order if n in needed], end, piece.layers, layers)

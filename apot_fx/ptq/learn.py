@@ -21,7 +21,7 @@ from .units import Unit
 from .weights import Weight
 
 RATE = 1e-2  # of Adam
-WEIGHT = 0.1  # of the regularizer's mean, beside an error relative to the target's variance
+WEIGHT = 0.3  # of the regularizer's mean, beside an error relative to that of nearest levels
 WARM_START = 0.2  # the part of the steps that goes without regularizer
 
 
@@ -53,13 +53,15 @@ def learn(
     model: nn.Module,
     weights: Mapping[str, Weight],
     samples: Samples,
+    nearest: float,
     settings: Settings,
     number: int,
     progress: Callable[[float | None], None],
 ) -> dict[str, torch.Tensor]:
-    """Which elements of a unit's weights go up, by the weight's name; bool, as rows.
+    """Which elements of a unit's weights go up, by the weight's name; bool, as rows. May be empty.
 
-    ``number``: of the unit, part of its seed. ``progress`` is told of every step, now and then with
+    ``nearest``: the unit's error with nearest levels, the unit of its loss, which so hangs on no
+    bits and no scale. ``number``: of the unit, part of its seed. ``progress`` is told of every step, now and then with
     the loss.
     """
     generator = torch.Generator().manual_seed((settings.seed << 20) + number)
@@ -69,7 +71,9 @@ def learn(
         optimizer = torch.optim.Adam(logits, RATE)
         for step in range(settings.steps):
             inputs, target = samples.draw(generator)
-            loss = error(unit.run(model, inputs), target) / samples.power
+            loss = error(unit.run(model, inputs), target) / (nearest * samples.power)
+            if not loss.requires_grad:  # code inside that gradients don't pass
+                return {}
             if step >= WARM_START * settings.steps:
                 beta = annealed_beta(step, settings.steps, WARM_START)
                 decided = sum((regularizer(v, beta) for v in logits), torch.zeros(()))
@@ -77,7 +81,7 @@ def learn(
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
-            progress(float(loss) if step % 50 == 0 or step + 1 == settings.steps else None)
+            progress(loss.item() if step % 50 == 0 or step + 1 == settings.steps else None)
         return {name: one.up() for name, one in soft.items()}
 
 

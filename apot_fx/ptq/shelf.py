@@ -6,12 +6,14 @@ from it depends on the limit.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import tempfile
 from contextlib import AbstractContextManager
 from typing import Any, BinaryIO
 
 import torch
+from torch import nn
 from torch.utils import _pytree as pytree
 
 
@@ -56,7 +58,7 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """A nested value on a shelf; what is no tensor is kept as it is."""
+    """A nested value on a shelf; numbers, modules and the like are kept as they are."""
 
     leaves: tuple[Any, ...]
     structure: Any
@@ -68,7 +70,7 @@ class Kept:
     def take(self, rows: torch.Tensor | None = None) -> Any:
         """The value again; ``rows``: these rows of every tensor."""
         return self.rebuild(
-            leaf.take(rows) if isinstance(leaf, Held) else leaf for leaf in self.leaves
+            leaf.take(rows) if isinstance(leaf, Held) else _copy(leaf) for leaf in self.leaves
         )
 
     def rebuild(self, leaves: Any) -> Any:
@@ -92,7 +94,7 @@ class Shelf(AbstractContextManager["Shelf"]):
     def put(self, value: Any) -> Kept:
         """Keep a copy."""
         leaves, structure = pytree.tree_flatten(value)
-        kept = [self._put(leaf) if _is_plain(leaf) else leaf for leaf in leaves]
+        kept = [self._put(leaf) if _is_plain(leaf) else _copy(leaf) for leaf in leaves]
         return Kept(tuple(kept), structure)
 
     def _put(self, tensor: torch.Tensor) -> Held:
@@ -114,6 +116,20 @@ class Shelf(AbstractContextManager["Shelf"]):
     def __exit__(self, *problem: object) -> None:
         if self._file is not None:
             self._file.close()
+
+
+#: What no call changes, or what is meant itself (a fake-quant that is passed along).
+_SHARED = (int, float, complex, str, bytes, type(None), type, torch.dtype, torch.device, nn.Module)
+
+
+def _copy(leaf: Any) -> Any:
+    """An object of its own (a cache that layers add to, say), where it can be copied."""
+    if isinstance(leaf, _SHARED):
+        return leaf
+    try:
+        return copy.deepcopy(leaf)
+    except (TypeError, RuntimeError):
+        return leaf
 
 
 def _is_plain(leaf: Any) -> bool:

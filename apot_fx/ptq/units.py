@@ -27,10 +27,12 @@ Tell = Callable[[Any], None]
 
 @dataclasses.dataclass(frozen=True)
 class Unit(abc.ABC):
-    """``path``: the module whose calls are the unit's; ``weights``: names of what is learned."""
+    """``path``: the module whose calls are the unit's; ``weights``: names of what it decides;
+    ``ahead``: of what is only learned along."""
 
     path: str
     weights: tuple[str, ...]
+    ahead: tuple[str, ...]
 
     @property
     @abc.abstractmethod
@@ -95,7 +97,8 @@ class BlockUnit(Unit):
 
     @property
     def name(self) -> str:
-        layers = list(dict.fromkeys(weight.rpartition(".")[0] for weight in self.weights))
+        weights = (*self.weights, *self.ahead)
+        layers = list(dict.fromkeys(weight.rpartition(".")[0] for weight in weights))
         return layers[0] if len(layers) == 1 else f"{layers[0]} … {layers[-1]}"
 
     def watch_inputs(self, model: nn.Module, tell: Tell) -> Any:
@@ -170,13 +173,16 @@ def find_units(model: nn.Module, weights: Mapping[str, Weight], order: list[str]
     taken: set[str] = set()
     for path, stage in stages(model).items():
         for block in blocks(stage, _calls(model, path, stage, by_layer.keys() - taken)):
-            names = [name for layer in block.layers for name in by_layer[layer]]
+            own, ahead = (
+                tuple(name for layer in layers for name in by_layer[layer])
+                for layers in (block.layers, block.ahead)
+            )
             nodes = tuple(node.name for node in block.nodes)
             inputs = tuple(node.name for node in block.inputs())
-            units.append(BlockUnit(path, tuple(names), nodes, inputs, block.end.name))
+            units.append(BlockUnit(path, own, ahead, nodes, inputs, block.end.name))
             taken.update(block.layers)
     for layer in by_layer.keys() - taken:
-        units.append(LayerUnit(layer, tuple(by_layer[layer])))
+        units.append(LayerUnit(layer, tuple(by_layer[layer]), ()))
     place = {name: order.index(weights[name].layer) for unit in units for name in unit.weights}
     return sorted(units, key=lambda unit: min(place[name] for name in unit.weights))
 
