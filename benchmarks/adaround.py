@@ -1,7 +1,7 @@
 """AdaRound against rounding to nearest on the depthwise digits network, held-out folds.
 
-Run alone (`python benchmarks/adaround.py [--quick] [presets …]`) or by `make bench` (quick); needs
-the demo extra. Five seeds, five folds of all 1,797 images each (`--quick`: one seed). In every fold
+Run alone (`python benchmarks/adaround.py [--quick] [presets …]`) or by `make bench`; needs the demo
+extra. A run takes about a minute a preset, so all take an hour. Five seeds, five folds of all 1,797 images each (`--quick`: one seed). In every fold
 a float network is trained on the other four, calibrated on these images, and rounded both ways: same
 α (the preset's, per channel by squared error), same activations. Logits are compared on the fold.
 Gains are ratios of means over all runs; their standard errors are the jackknife's, over runs. Prints
@@ -31,7 +31,16 @@ from apot_fx.table import Table
 PRESETS = ("w3a3", "w3a8", "w4a4")
 SEEDS, FOLDS, EPOCHS = 5, 5, 30
 REACH = 0.7  # of both gains at 3-bit weights
-COLUMNS = ("preset", "form", "MSE of logits", "accuracy %", "MSE gain", "accuracy gain", "parity", "s")
+COLUMNS = (
+    "preset",
+    "form",
+    "MSE of logits",
+    "accuracy %",
+    "MSE gain",
+    "accuracy gain",
+    "parity",
+    "s",
+)
 
 #: Of one run and preset: MSE nearest, MSE AdaRound, accuracy nearest, AdaRound, float.
 Run = tuple[float, float, float, float, float]
@@ -89,7 +98,9 @@ def with_error(value: Callable[[Sequence[Run]], float], runs: list[Run], digits:
 
 def rows_of(preset: str, runs: list[Run], exact: bool, seconds: float) -> list[dict[str, object]]:
     def mean(place: int, scale: float = 1.0, digits: int = 3) -> str:
-        return with_error(lambda some: scale * statistics.fmean(r[place] for r in some), runs, digits)
+        return with_error(
+            lambda some: scale * statistics.fmean(r[place] for r in some), runs, digits
+        )
 
     gains = with_error(mse_gain, runs), with_error(accuracy_gain, runs)
     parity = "bit-exact" if exact else "DIFFERS"
@@ -108,7 +119,9 @@ def main() -> None:
     options = parser.parse_args()
     seeds = 1 if options.quick else SEEDS
     found: dict[str, list[tuple[Run, bool, float]]] = {name: [] for name in options.presets}
-    work = [(seed, fold, digits) for seed in range(seeds) for fold, digits in enumerate(folds(seed))]
+    work = [
+        (seed, fold, digits) for seed in range(seeds) for fold, digits in enumerate(folds(seed))
+    ]
     for seed, fold, digits in tqdm(work, "runs", disable=None):
         torch.manual_seed(FOLDS * seed + fold)
         model = SeparableNet()

@@ -32,7 +32,7 @@ def adaround(
     batches: Iterable[Any],
     *,
     forward: Forward | None = None,
-    steps: int = 1000,
+    steps: int = 500,
     batch_size: int = 32,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,

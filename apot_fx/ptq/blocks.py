@@ -1,6 +1,6 @@
 """Blocks of a graph: stretches that one value alone enters and one alone leaves.
 
-*Moving* values depend on a layer that is learned. A place where a single moving value is alive is a
+*Moving* values depend on a layer that is learned, or are what the first one reads. A place where a single moving value is alive is a
 cut; what lies between two cuts (a residual block, parallel branches, one layer with its relu) has
 one result, so that its float result is a target for all the layers in it. Values that do not move
 (a mask, say) may come in anywhere.
@@ -17,7 +17,8 @@ from ..fake_quant import FakeQuantize
 from ..graph import called_module, value_kind
 from ..passes.functional_layers import constants
 from ..passes.index_ops import bounds
-from ..passes.stage import StageModule
+from ..passes.share import roots_of
+from ..passes.stage import StageModule, inputs_of
 
 #: So many layers are learned at once where the graph has no larger stretch without a cut.
 LAYERS = 3
@@ -91,10 +92,20 @@ class _Graph:
         self.order = [node for node in stage.graph.nodes if node.op != "output"]
         self.place = {node: number for number, node in enumerate(stage.graph.nodes)}
         self.constant = constants(stage)
-        self.moving: set[fx.Node] = set()
+        self.moving = self._entry()
         for node in self.order:
             if calls.get(node) or any(n in self.moving for n in node.all_input_nodes):
                 self.moving.add(node)
+
+    def _entry(self) -> set[fx.Node]:
+        """What the first layer reads: a residual path may start there."""
+        first = next((node for node in self.order if self.calls.get(node)), None)
+        if first is None or not inputs_of(first):
+            return set()
+        source = roots_of(self.stage, inputs_of(first)[0])[0]
+        while isinstance(called_module(self.stage, source), FakeQuantize):
+            source = roots_of(self.stage, inputs_of(source)[0])[0]
+        return {source} - self.constant
 
     def pieces(self) -> Iterator[_Piece]:
         """Stretches from a fake-quant or layer to just before the next one; those with layers."""
@@ -142,7 +153,7 @@ class _Graph:
         layers = [layer for part in ahead for layer in part.layers]
         end = (ahead or [piece])[-1].end
         assert end is not None
-        inside = self.constant | (self.moving & set(nodes))
+        inside = self.constant | {n for n in nodes if n in self.moving and n.op != "placeholder"}
         needed, pending = {end}, [end]
         while pending:
             for source in pending.pop().all_input_nodes:

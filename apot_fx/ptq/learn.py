@@ -20,8 +20,9 @@ from .soft import SoftWeight
 from .units import Unit
 from .weights import Weight
 
-RATE = 1e-2  # of Adam
-WEIGHT = 0.3  # of the regularizer's mean, beside an error relative to that of nearest levels
+RATE = 1e-2  # of Adam, at least
+TRAVEL = 50.0  # at least so far logits can go in all steps together; they start within ±2.4
+WEIGHT = 3.0  # of the regularizer's mean, beside an error relative to that of nearest levels
 WARM_START = 0.2  # the part of the steps that goes without regularizer
 
 
@@ -68,7 +69,7 @@ def learn(
     with softened(weights) as soft, torch.enable_grad():
         logits = [one.logits for one in soft.values()]
         count = sum(one.numel() for one in logits)
-        optimizer = torch.optim.Adam(logits, RATE)
+        optimizer = torch.optim.Adam(logits, max(RATE, TRAVEL / settings.steps))
         for step in range(settings.steps):
             inputs, target = samples.draw(generator)
             loss = error(unit.run(model, inputs), target) / (nearest * samples.power)

@@ -68,6 +68,7 @@ def test_interrupted_and_resumed(
     adaround(prepared, batches, **options)
     assert same_bits(whole, prepared.state_dict())
 
+
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, {root!r})

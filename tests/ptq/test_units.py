@@ -29,28 +29,28 @@ def names(units: list[Unit]) -> list[list[str]]:
 
 def test_residual_blocks_are_found() -> None:
     model = seeded(lambda: ResidualNet(4), (1, 8, 8))
-    prepared = calibrated(model, [torch.randn(4, 1, 8, 8)], "w4a4")
-    blocks = names(units_of(prepared))
-    assert blocks == [
+    units = units_of(calibrated(model, [torch.randn(4, 1, 8, 8)], "w4a4"))
+    assert names(units) == [
         ["stem.0"],
         ["blocks.0.first.0", "blocks.0.conv"],
         ["blocks.1.first.0", "blocks.1.conv", "blocks.1.shortcut.0"],
         ["blocks.2.first.0", "blocks.2.conv"],
         ["head"],
     ]
-    ends = [unit.end for unit in units_of(prepared) if isinstance(unit, BlockUnit)]
-    assert ends[1].startswith("blocks_0_relu")  # past the add, before the next fake-quant
+    assert [len(unit.ahead) for unit in units] == [2, 3, 0, 1, 0]
+    ends = [unit.end for unit in units if isinstance(unit, BlockUnit)]
+    assert ends[2].startswith("blocks_1_relu")  # past the add, before the next fake-quant
+    assert units[2].name == "blocks.1.first.0 … blocks.1.shortcut.0"
 
 
-def test_chains_go_in_pairs_in_whatever_config() -> None:
+def test_chains_look_two_layers_ahead_in_whatever_config() -> None:
     model = seeded(lambda: SeparableNet(4, depth=2), (1, 8, 8))
+    layers = [f"features.{place}.0" for place in range(5)] + ["head"]
     for config in ("w3a3", QConfig(WeightSpec(3))):
-        prepared = calibrated(model, [torch.randn(4, 1, 8, 8)], config)
-        assert names(units_of(prepared)) == [
-            ["features.0.0", "features.1.0"],
-            ["features.2.0", "features.3.0"],
-            ["features.4.0", "head"],
-        ]
+        units = units_of(calibrated(model, [torch.randn(4, 1, 8, 8)], config))
+        assert names(units) == [[layer] for layer in layers]
+        ahead = [[name.removesuffix(".weight") for name in unit.ahead] for unit in units]
+        assert ahead == [layers[place + 1 : place + 3] for place in range(6)]
 
 
 def test_attention_and_feed_forward_are_blocks() -> None:
