@@ -28,7 +28,7 @@ class _Set(ctypes.Structure):
         *((name, ctypes.c_int32) for name in "low high unit look count reserved".split()),
         *(
             (name, ctypes.c_void_p)
-            for name in "levels indices by_index level_bytes index_bytes index_levels".split()
+            for name in "levels indices by_index level_bytes index_bytes index_levels level_line index_line".split()
         ),
     )
 
@@ -46,13 +46,17 @@ def _tables(spec: str) -> tuple[int, _Set, list[torch.Tensor]] | None:
     some = torch.tensor(levels.levels[:256], dtype=torch.float32)
     by_index[: len(some)] = some
     look = _TABLE
-    small = [torch.zeros(256, dtype=kind) for kind in (torch.int8, torch.uint8, torch.int8)]
+    kinds = (torch.int8, torch.uint8, torch.int8, torch.int8, torch.uint8)
+    small = [torch.zeros(256, dtype=kind) for kind in kinds]
     if list(levels.levels) == list(range(levels.q_min, levels.q_max + 1)):
         look = _SHIFT
-    elif len(by_half) <= 256 and levels.q_max < 128 and levels.q_min >= -128:
+    elif 2 * levels.q_min >= -128 and 2 * levels.q_max < 128:
         look = _BYTES
-        for table, values in zip(small, (by_half, indices, some), strict=True):
-            table[: len(values)] = values.to(table.dtype)
+        half = torch.arange(2 * levels.q_min, 2 * levels.q_max + 1)
+        place = half % (128 if len(half) <= 128 else 256)
+        small[0][place], small[1][place] = by_half.to(torch.int8), indices.to(torch.uint8)
+        small[2][: len(some)] = some.to(torch.int8)
+        small[3][: len(half)], small[4][: len(half)] = by_half.to(torch.int8), indices
     tables = [by_half, indices, by_index, *small]
     made = _Set(
         2 * levels.q_min,

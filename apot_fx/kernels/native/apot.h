@@ -13,8 +13,8 @@
 
 enum { APOT_F32, APOT_BF16, APOT_F16, APOT_DTYPES };
 
-/* How a half-unit becomes a level: SHIFT where levels are consecutive integers, BYTES where all
- * half-units fit a table of 256 bytes, else TABLE. */
+/* How a half-unit becomes a level: SHIFT where levels are consecutive integers, BYTES where half-units
+ * and levels fit signed bytes, else TABLE. */
 enum { APOT_SHIFT, APOT_BYTES, APOT_TABLE, APOT_LOOKS };
 
 /* Tables of one level set, filled by Python. `levels` and `indices` start at half-unit 2·q_min. */
@@ -27,9 +27,11 @@ typedef struct {
   const float *levels;        /* level of every half-unit */
   const int32_t *indices;     /* index of every half-unit */
   const float *by_index;      /* level of every index, 256 of them */
-  const int8_t *level_bytes;  /* BYTES: as `levels`, 256 of them */
-  const uint8_t *index_bytes; /* BYTES: as `indices`, 256 of them */
+  const int8_t *level_bytes;  /* BYTES: level of every half-unit, at its byte modulo 256 (or 128) */
+  const uint8_t *index_bytes; /* BYTES: its index, likewise */
   const int8_t *index_levels; /* BYTES: as `by_index`, 256 of them */
+  const int8_t *level_line;   /* BYTES: as `levels`, 256 of them */
+  const uint8_t *index_line;  /* BYTES: as `indices`, 256 of them */
 } apot_set;
 
 /* Contiguous values that share one α, or (varies) have one each. */
@@ -45,6 +47,7 @@ typedef struct {
   int in, to; /* dtypes */
   int varies;
   int nan_to_zero;
+  int careful; /* some α is NaN */
   double *total; /* gradient of α: one sum, or (varies) one to add to for each value */
   float *ends;   /* smallest and largest finite value */
 } apot_span;

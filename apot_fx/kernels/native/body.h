@@ -22,30 +22,35 @@ APOT_INLINE void alpha_step(const float *from, int64_t at, int varies, vf out[VE
   EACH_VECTOR out[part] = varies ? v_load(from + at + WIDTH * part) : v_set(*from);
 }
 
-/* clamp(ceil(fl(x · scale)), low, high) with NaN as 0, counted from `low`. */
+/* clamp(ceil(fl(x · scale)), low, high), counted from `low`; `nan`: NaN may come, as 0. */
 APOT_INLINE void places_of(const apot_set *set, const vf x[VECTORS], const vf scale[VECTORS],
-                           int from_low, vi out[VECTORS]) {
+                           int from_low, int nan, vi out[VECTORS]) {
   vf low = v_set((float)set->low), high = v_set((float)set->high);
   EACH_VECTOR {
     vf t = v_mul(x[part], scale[part]);
     vi half = v_ceil(v_max(v_min(t, high), low));
-    half = v_zero_where(v_is_nan(t), half);
+    if (nan) half = v_zero_where(v_is_nan(t), half);
     out[part] = from_low ? v_add_int(half, -set->low) : half;
   }
 }
 
-APOT_INLINE void levels_of(const apot_set *set, int look, const vf x[VECTORS],
-                           const vf scale[VECTORS], vf out[VECTORS]) {
-  vi place[VECTORS];
-  places_of(set, x, scale, look != APOT_SHIFT, place);
+/* fl(level · step); `nan` as above. */
+APOT_INLINE void values_of(const apot_set *set, int look, const vf x[VECTORS],
+                           const vf scale[VECTORS], const vf step[VECTORS], int nan,
+                           vf out[VECTORS]) {
 #ifdef HAS_BYTES
-  if (look == APOT_BYTES) {
-    v_levels_by_bytes(set->level_bytes, set->high - set->low >= 128, place, out);
+  if (look == APOT_BYTES && !nan && BYTES_FIT(set)) {
+    v_values_by_bytes(set, set->high - set->low >= 128, x, scale, step, out);
     return;
   }
 #endif
-  EACH_VECTOR out[part] =
-      look == APOT_SHIFT ? v_float(v_half(place[part])) : v_gather(set->levels, place[part]);
+  vi place[VECTORS];
+  places_of(set, x, scale, look != APOT_SHIFT, nan, place);
+  EACH_VECTOR {
+    vf level =
+        look == APOT_SHIFT ? v_float(v_half(place[part])) : v_gather(set->levels, place[part]);
+    out[part] = v_mul(level, step[part]);
+  }
 }
 
 /* Runs `step(at)` over whole steps and `rest(at, count)` over what remains. */
@@ -67,10 +72,11 @@ APOT_INLINE void fake_step(const apot_span *s, const void *x, void *out, int64_t
   load_step(x, at, in, value);
   alpha_step(s->scale, alpha, varies, scale);
   alpha_step(s->step, alpha, varies, step);
-  levels_of(s->set, look, value, scale, y);
-  EACH_VECTOR {
-    y[part] = v_mul(y[part], step[part]);
-    if (!s->nan_to_zero) y[part] = v_select(v_is_nan(value[part]), value[part], y[part]);
+  if (s->careful || v_any_nan(value)) {
+    values_of(s->set, look, value, scale, step, 1, y);
+    if (!s->nan_to_zero) EACH_VECTOR y[part] = v_select(v_is_nan(value[part]), value[part], y[part]);
+  } else {
+    values_of(s->set, look, value, scale, step, 0, y);
   }
   store_step(out, at, y, to);
 }
@@ -93,13 +99,13 @@ APOT_INLINE void index_step(const apot_span *s, const void *x, uint8_t *out, int
   vi place[VECTORS];
   load_step(x, at, in, value);
   alpha_step(s->scale, alpha, varies, scale);
-  places_of(set, value, scale, look != APOT_SHIFT, place);
 #ifdef HAS_BYTES
-  if (look == APOT_BYTES) {
-    v_store_by_bytes(set->index_bytes, set->high - set->low >= 128, place, out + at);
+  if (look == APOT_BYTES && BYTES_FIT(set) && !s->careful && !v_any_nan(value)) {
+    v_indices_by_bytes(set, set->high - set->low >= 128, value, scale, out + at);
     return;
   }
 #endif
+  places_of(set, value, scale, look != APOT_SHIFT, 1, place);
   EACH_VECTOR {
     vi index = look == APOT_SHIFT ? v_add_int(v_half(place[part]), -(set->low / 2))
                                   : v_gather_int(set->indices, place[part]);
@@ -123,20 +129,16 @@ APOT_INLINE void value_step(const apot_span *s, const uint8_t *x, float *out, in
                             int64_t alpha, int look, int varies) {
   const apot_set *set = s->set;
   vf step[VECTORS], level[VECTORS];
-  vi index[VECTORS];
   alpha_step(s->step, alpha, varies, step);
-  EACH_VECTOR index[part] = v_load_index(x + at + WIDTH * part);
-  if (look == APOT_SHIFT) {
-    EACH_VECTOR level[part] = v_float(v_add_int(index[part], set->low / 2));
-  }
-#ifdef HAS_BYTES
-  else if (look == APOT_BYTES) {
-    v_levels_by_bytes(set->index_levels, set->count > 128, index, level);
-  }
+#ifdef APOT_VBMI
+  if (look == APOT_BYTES) v_levels_by_bytes(set, set->count > 128, x + at, level);
+  else
 #endif
-  else {
-    EACH_VECTOR level[part] = v_gather(set->by_index, index[part]);
-  }
+    EACH_VECTOR {
+      vi index = v_load_index(x + at + WIDTH * part);
+      level[part] = look == APOT_SHIFT ? v_float(v_add_int(index, set->low / 2))
+                                       : v_gather(set->by_index, index);
+    }
   EACH_VECTOR level[part] = v_mul(level[part], step[part]);
   store_step(out, at, level, APOT_F32);
 }
@@ -173,7 +175,9 @@ APOT_INLINE void back_step(const apot_span *s, const void *x, const void *grad, 
   vf unit = v_set((float)set->unit);
   alpha_step(s->scale, alpha, varies, scale);
   alpha_step(s->alpha, alpha, varies, clip);
-  levels_of(set, look, value, scale, share);
+  EACH_VECTOR step[part] = v_set(1);
+  if (s->careful || v_any_nan(value)) values_of(set, look, value, scale, step, 1, share);
+  else values_of(set, look, value, scale, step, 0, share);
   EACH_VECTOR {
     vf within = v_select(inside[part], v_div(value[part], clip[part]), zero);
     share[part] = v_mul(v_sub(v_div(share[part], unit), within), given[part]);

@@ -86,6 +86,7 @@ typedef struct {
   int64_t item, count; /* values of an item, and of all */
   size_t in, out;      /* bytes of a value */
   float *clips;        /* is_last: scale, step and α of every channel, padded */
+  int careful;         /* is_last: some α is NaN */
   double *totals;      /* backward: of every block, or (is_last) of every channel */
 } job;
 
@@ -106,10 +107,12 @@ static void use_clip(apot_span *s, const clip *c) {
   s->scale = &c->scale;
   s->step = &c->step;
   s->alpha = &c->alpha;
+  s->careful = c->alpha != c->alpha;
 }
 static void use_clips(apot_span *s, const job *j, int64_t channel) {
   int64_t padded = j->l.channels + PADDING;
   s->varies = 1;
+  s->careful = j->careful;
   s->scale = j->clips + channel;
   s->step = s->scale + padded;
   s->alpha = s->step + padded;
@@ -159,6 +162,7 @@ static int make_clips(job *j) {
   if (!j->clips) return 0;
   for (int64_t channel = 0; channel < j->l.channels; channel++) {
     clip own = clip_of(j->alpha[channel], j->span.set);
+    j->careful |= own.alpha != own.alpha;
     j->clips[channel] = own.scale;
     j->clips[channel + padded] = own.step;
     j->clips[channel + 2 * padded] = own.alpha;

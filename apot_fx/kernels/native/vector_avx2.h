@@ -70,6 +70,63 @@ APOT_INLINE void v_store_index(uint8_t *to, vi index) {
   _mm_storel_epi64((__m128i *)to, _mm_packus_epi16(narrow, narrow));
 }
 
+APOT_INLINE int v_any_nan(const vf a[VECTORS]) {
+  vm found = _mm256_or_ps(_mm256_cmp_ps(a[0], a[1], _CMP_UNORD_Q),
+                          _mm256_cmp_ps(a[2], a[3], _CMP_UNORD_Q));
+  return _mm256_movemask_ps(found) != 0;
+}
+
+#define HAS_BYTES 1
+#define BYTES_FIT(set) ((set)->high - (set)->low < 128)
+
+/* 32 half-units from `low` on, as bytes: in each 128-bit lane four of each vector. What converts to
+ * INT_MIN from +2^31 on must be kept away before; the rest saturates. */
+APOT_INLINE vi bytes_of(const apot_set *set, const vf x[VECTORS], const vf scale[VECTORS]) {
+  vf high = v_set((float)set->high);
+  vi half[VECTORS], bytes;
+  for (int part = 0; part < VECTORS; part++)
+    half[part] = v_ceil(v_min(v_mul(x[part], scale[part]), high));
+  bytes = _mm256_packs_epi16(_mm256_packs_epi32(half[0], half[1]),
+                             _mm256_packs_epi32(half[2], half[3]));
+  vi low = _mm256_set1_epi8((char)set->low);
+  return _mm256_sub_epi8(_mm256_max_epi8(bytes, low), low);
+}
+
+/* Tables of 16: a place that is another's sets the top bit, and the shuffle gives 0. */
+APOT_INLINE vi look_up_bytes(const apot_set *set, const void *table, vi place) {
+  vi found = _mm256_setzero_si256();
+  for (int first = 0; first <= set->high - set->low; first += 16) {
+    __m128i lane = _mm_loadu_si128((const __m128i *)((const char *)table + first));
+    vi own = _mm256_sub_epi8(place, _mm256_set1_epi8((char)first));
+    own = _mm256_adds_epu8(own, _mm256_set1_epi8(0x70));
+    vi part = _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(lane), own);
+    found = _mm256_or_si256(found, part);
+  }
+  return found;
+}
+
+/* fl(level · step): both factors are shifted by 2^24, which is exact. */
+APOT_INLINE void v_values_by_bytes(const apot_set *set, int long_table, const vf x[VECTORS],
+                                   const vf scale[VECTORS], const vf step[VECTORS],
+                                   vf out[VECTORS]) {
+  (void)long_table;
+  vi level = look_up_bytes(set, set->level_line, bytes_of(set, x, scale));
+  for (int part = 0; part < VECTORS; part++) {
+    char at = (char)(4 * part);
+    __m128i lane = _mm_setr_epi8(-1, -1, -1, at, -1, -1, -1, (char)(at + 1), -1, -1, -1,
+                                 (char)(at + 2), -1, -1, -1, (char)(at + 3));
+    vi top = _mm256_shuffle_epi8(level, _mm256_broadcastsi128_si256(lane));
+    out[part] = v_mul(v_float(top), v_mul(step[part], v_set(0x1p-24f)));
+  }
+}
+APOT_INLINE void v_indices_by_bytes(const apot_set *set, int long_table, const vf x[VECTORS],
+                                    const vf scale[VECTORS], uint8_t *to) {
+  (void)long_table;
+  vi found = look_up_bytes(set, set->index_line, bytes_of(set, x, scale));
+  vi order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  _mm256_storeu_si256((__m256i *)to, _mm256_permutevar8x32_epi32(found, order));
+}
+
 typedef struct {
   __m256d lane[8];
 } vsum;

@@ -63,12 +63,25 @@ APOT_INLINE void v_store_index(uint8_t *to, vi index) {
   _mm_storeu_si128((__m128i *)to, _mm512_cvtepi32_epi8(index));
 }
 
-#ifdef APOT_VBMI
+/* Whether any value of two vectors is NaN, for all pairs. */
+APOT_INLINE int v_any_nan(const vf a[VECTORS]) {
+  __mmask16 found = _mm512_cmp_ps_mask(a[0], a[1], _CMP_UNORD_Q);
+  return (found | _mm512_cmp_ps_mask(a[2], a[3], _CMP_UNORD_Q)) != 0;
+}
+
 #define HAS_BYTES 1
-/* 64 bytes of four vectors of small integers: in each 128-bit lane four of each vector. */
-APOT_INLINE vi bytes_of(const vi part[VECTORS]) {
-  vi front = _mm512_packs_epi32(part[0], part[1]), back = _mm512_packs_epi32(part[2], part[3]);
-  return _mm512_packus_epi16(front, back);
+#ifdef APOT_VBMI
+#define BYTES_FIT(set) 1
+/* The look-up of 64 half-units at once. Conversion and packing saturate, so that only +2^31 and
+ * above, which convert to INT_MIN, must be kept away before; tables are indexed by the half-unit's
+ * byte itself, negative ones from their end. In each 128-bit lane lie four of each vector. */
+APOT_INLINE vi bytes_of(const apot_set *set, const vf x[VECTORS], const vf scale[VECTORS]) {
+  vf high = _mm512_set1_ps((float)set->high);
+  vi half[VECTORS];
+  for (int part = 0; part < VECTORS; part++)
+    half[part] = v_ceil(_mm512_min_ps(_mm512_mul_ps(x[part], scale[part]), high));
+  vi front = _mm512_packs_epi32(half[0], half[1]), back = _mm512_packs_epi32(half[2], half[3]);
+  return _mm512_max_epi8(_mm512_packs_epi16(front, back), _mm512_set1_epi8((char)set->low));
 }
 
 APOT_INLINE vi look_up_bytes(const void *table, vi place, int long_table) {
@@ -81,27 +94,75 @@ APOT_INLINE vi look_up_bytes(const void *table, vi place, int long_table) {
   return _mm512_mask_blend_epi8(_mm512_movepi8_mask(place), found, other);
 }
 
-/* The bytes of bytes_of's order, sign-extended, as floats of the four vectors. */
+/* The bytes of bytes_of's order, times 2^24, as floats of the four vectors. */
 APOT_INLINE void floats_of(vi bytes, vf out[VECTORS]) {
   for (int part = 0; part < VECTORS; part++) {
     char at = (char)(4 * part);
     __m128i lane = _mm_setr_epi8(-1, -1, -1, at, -1, -1, -1, (char)(at + 1), -1, -1, -1,
                                  (char)(at + 2), -1, -1, -1, (char)(at + 3));
-    vi top = _mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(lane));
-    out[part] = _mm512_cvtepi32_ps(_mm512_srai_epi32(top, 24));
+    out[part] = _mm512_cvtepi32_ps(_mm512_shuffle_epi8(bytes, _mm512_broadcast_i32x4(lane)));
   }
 }
 
-APOT_INLINE void v_levels_by_bytes(const int8_t *table, int long_table, const vi place[VECTORS],
+/* fl(level · step): both factors are shifted by 2^24, which is exact. */
+APOT_INLINE void v_values_by_bytes(const apot_set *set, int long_table, const vf x[VECTORS],
+                                   const vf scale[VECTORS], const vf step[VECTORS],
                                    vf out[VECTORS]) {
-  floats_of(look_up_bytes(table, bytes_of(place), long_table), out);
+  floats_of(look_up_bytes(set->level_bytes, bytes_of(set, x, scale), long_table), out);
+  for (int part = 0; part < VECTORS; part++)
+    out[part] = _mm512_mul_ps(out[part], _mm512_mul_ps(step[part], _mm512_set1_ps(0x1p-24f)));
 }
 
-APOT_INLINE void v_store_by_bytes(const uint8_t *table, int long_table, const vi place[VECTORS],
-                                  uint8_t *to) {
-  vi found = look_up_bytes(table, bytes_of(place), long_table);
+APOT_INLINE void v_indices_by_bytes(const apot_set *set, int long_table, const vf x[VECTORS],
+                                    const vf scale[VECTORS], uint8_t *to) {
+  vi found = look_up_bytes(set->index_bytes, bytes_of(set, x, scale), long_table);
   vi order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, found));
+}
+
+/* Levels of 64 indices in memory. */
+APOT_INLINE void v_levels_by_bytes(const apot_set *set, int long_table, const uint8_t *index,
+                                   vf out[VECTORS]) {
+  vi order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  vi place = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(index));
+  floats_of(look_up_bytes(set->index_levels, place, long_table), out);
+  for (int part = 0; part < VECTORS; part++)
+    out[part] = _mm512_mul_ps(out[part], _mm512_set1_ps(0x1p-24f));
+}
+#else
+/* 64 levels in four registers, indexed by the half-unit itself, negative ones from their end. */
+#define BYTES_FIT(set) ((set)->high < 32 && (set)->low >= -32)
+APOT_INLINE vi wide(const void *bytes, int64_t at) {
+  return _mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)((const char *)bytes + at)));
+}
+APOT_INLINE vi half_of(const apot_set *set, vf x, vf scale) {
+  vf low = v_set((float)set->low), high = v_set((float)set->high);
+  return v_ceil(v_max(v_min(v_mul(x, scale), high), low));
+}
+/* The table is laid out modulo 128 (or 256): half-units of 0 … 31 at its start, of -32 … -1 at its
+ * end. */
+APOT_INLINE vi look_up_64(const apot_set *set, const void *bytes, vi half) {
+  int end = set->high - set->low < 128 ? 128 : 256;
+  vi a = wide(bytes, 0), b = wide(bytes, 16), c = wide(bytes, end - 32), d = wide(bytes, end - 16);
+  vi up = _mm512_permutex2var_epi32(a, half, b), down = _mm512_permutex2var_epi32(c, half, d);
+  return _mm512_mask_blend_epi32(_mm512_movepi32_mask(half), up, down);
+}
+APOT_INLINE void v_values_by_bytes(const apot_set *set, int long_table, const vf x[VECTORS],
+                                   const vf scale[VECTORS], const vf step[VECTORS],
+                                   vf out[VECTORS]) {
+  (void)long_table;
+  for (int part = 0; part < VECTORS; part++) {
+    vi level = look_up_64(set, set->level_bytes, half_of(set, x[part], scale[part]));
+    out[part] = v_mul(v_float(level), step[part]);
+  }
+}
+APOT_INLINE void v_indices_by_bytes(const apot_set *set, int long_table, const vf x[VECTORS],
+                                    const vf scale[VECTORS], uint8_t *to) {
+  (void)long_table;
+  for (int part = 0; part < VECTORS; part++) {
+    vi half = half_of(set, x[part], scale[part]);
+    v_store_index(to + WIDTH * part, look_up_64(set, set->index_bytes, half));
+  }
 }
 #endif
 

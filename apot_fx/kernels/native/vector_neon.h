@@ -70,6 +70,12 @@ APOT_INLINE void v_store_index(uint8_t *to, vi index) {
   for (int lane = 0; lane < 4; lane++) to[lane] = (uint8_t)at[lane];
 }
 
+APOT_INLINE int v_any_nan(const vf a[VECTORS]) {
+  vm found = v_is_nan(a[0]);
+  for (int part = 1; part < VECTORS; part++) found = vorrq_u32(found, v_is_nan(a[part]));
+  return vmaxvq_u32(found) != 0;
+}
+
 typedef struct {
   float64x2_t lane[16];
 } vsum;

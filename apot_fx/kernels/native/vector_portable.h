@@ -143,6 +143,13 @@ APOT_INLINE vi v_load_index(const uint8_t *from) {
 }
 APOT_INLINE void v_store_index(uint8_t *to, vi index) { EACH to[at] = (uint8_t)index.lane[at]; }
 
+APOT_INLINE int v_any_nan(const vf a[VECTORS]) {
+  int found = 0;
+  for (int part = 0; part < VECTORS; part++)
+    EACH found |= a[part].lane[at] != a[part].lane[at];
+  return found;
+}
+
 typedef struct {
   double lane[APOT_LANES];
 } vsum;
