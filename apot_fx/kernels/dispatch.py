@@ -216,3 +216,12 @@ def dequantize(
     at = (rows.x.data_ptr(), out.data_ptr(), clip.data_ptr(), address)
     _run("apot_dequantize", *at, *rows.layout)
     return rows.restored(out)
+
+
+def ends(x: torch.Tensor) -> torch.Tensor:
+    """As :func:`reference.ends` of ``x.flatten()``."""
+    if _LIBRARY is None or not x.is_cpu or x.dtype not in _DTYPES or layout_of(x, None) is None:
+        return reference.ends(x.flatten())
+    out = torch.empty(2)
+    _run("apot_ends", x.data_ptr(), x.numel(), _DTYPES[x.dtype], out.data_ptr())
+    return out

@@ -91,10 +91,7 @@ def reduce_to_alpha(
     runs = _runs(values.double(), axis, group_size)
     if values.device.type != "cpu":
         return runs.sum((0, 2)).reshape(alpha.shape)
-    if runs.shape[2] != 1:
-        runs = _in_order(_block_sums(runs))
-    else:
-        runs = runs.squeeze(2)
+    runs = _in_order(_block_sums(runs)) if runs.shape[2] != 1 else runs.squeeze(2)
     runs = functional.pad(runs, (0, 0, 0, -len(runs) % _RUNS)).unflatten(0, (-1, _RUNS))
     return _in_order(_in_order(runs.transpose(1, 2)).T).reshape(alpha.shape)
 
@@ -306,6 +303,17 @@ def _backward(
     share = (q / levels.unit).sub_((wide / clip).mul_(inside).nan_to_num_(nan=0.0))
     share = _like(share.mul_(grad.to(dtype)), x)
     return dx, reduce_to_alpha(share, alpha, axis, group_size)
+
+
+def ends(x: torch.Tensor) -> torch.Tensor:
+    """The smallest and the largest finite value along the last axis, float32, ``(2, …)``.
+
+    inf and −inf where none is finite.
+    """
+    x = functional.pad(x.float(), (0, 1), value=float("nan")) if not x.shape[-1] else x.float()
+    finite, infinity = x.isfinite(), float("inf")
+    low = x.masked_fill(~finite, infinity).amin(-1)
+    return torch.stack((low, x.masked_fill(~finite, -infinity).amax(-1)))
 
 
 #: Values per part: a chain of passes over so many stays in the cache, 3 times as fast.
