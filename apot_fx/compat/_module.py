@@ -25,8 +25,29 @@ class WithArgs:
         return functools.partial(cls, **arguments)
 
 
-class SpanObserver(WithArgs, MinMaxObserver):
+class Growing(nn.Module):
+    """A state_dict brings the shapes of tensors in ``grows`` along: data decides them."""
+
+    grows: tuple[str, ...] = ()
+
+    def _load_from_state_dict(  # type: ignore[override]
+        self, state_dict: Mapping[str, Any], prefix: str, *args: Any
+    ) -> None:
+        for name in self.grows:
+            loaded = state_dict.get(prefix + name)
+            if name in self._parameters and loaded is not None:
+                self._parameters[name] = nn.Parameter(torch.empty_like(loaded))
+            elif loaded is not None:
+                self._buffers[name] = torch.empty_like(loaded)
+            elif prefix + "_extra_state" in state_dict:  # saved before anything was observed
+                self._buffers[name] = None
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class SpanObserver(WithArgs, Growing, MinMaxObserver):
     """The range of all that was seen; follows its input from device to device."""
+
+    grows = ("low", "high")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Observe ``x`` (any real dtype and shape) and return it; inf and NaN are ignored."""
@@ -39,24 +60,11 @@ class SpanObserver(WithArgs, MinMaxObserver):
         return self.propose(_BOTH_ENDS)
 
 
-class CompatModule(WithArgs, nn.Module):
-    """Scales stay float32, and a state_dict brings the shapes of tensors in ``grows`` along."""
-
-    grows: tuple[str, ...] = ()
+class CompatModule(WithArgs, Growing):
+    """A module whose scales stay float32."""
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
         return super()._apply(keep_float32(fn), recurse)
-
-    def _load_from_state_dict(  # type: ignore[override]
-        self, state_dict: Mapping[str, Any], prefix: str, *args: Any
-    ) -> None:
-        for name in self.grows:
-            loaded = state_dict.get(prefix + name)
-            if name in self._parameters and loaded is not None:
-                self._parameters[name] = nn.Parameter(torch.empty_like(loaded))
-            elif name in self._buffers:
-                self._buffers[name] = None if loaded is None else torch.empty_like(loaded)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class Switched(CompatModule):

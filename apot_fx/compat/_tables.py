@@ -162,8 +162,10 @@ def _as_integers(levels: Tensor) -> LevelSet | None:
 
 # Operators ---------------------------------------------------------------------------------------
 
+_SCHEMA = "(Tensor {}, Tensor? alpha, Tensor levels, Tensor codes) -> Tensor"
 
-@torch.library.custom_op("apot_fx_compat::quantize", mutates_args=())
+
+@torch.library.custom_op("apot_fx_compat::quantize", mutates_args=(), schema=_SCHEMA.format("x"))
 def quantize(x: Tensor, alpha: Tensor | None, levels: Tensor, codes: Tensor) -> Tensor:
     """The code of every value, int32, of x's shape and strides."""
     level_set, clip, code_of_index, _ = read_table(alpha, levels, codes, x.device)
@@ -175,14 +177,18 @@ def quantize(x: Tensor, alpha: Tensor | None, levels: Tensor, codes: Tensor) -> 
     return _in_parts(code, x, torch.int32)
 
 
-@torch.library.custom_op("apot_fx_compat::dequantize", mutates_args=())
+@torch.library.custom_op(
+    "apot_fx_compat::dequantize", mutates_args=(), schema=_SCHEMA.format("code")
+)
 def dequantize(code: Tensor, alpha: Tensor | None, levels: Tensor, codes: Tensor) -> Tensor:
     """The level of every code, float32 (float64 where the levels are), of code's shape."""
     table = read_table(alpha, levels, codes, code.device)
     return kernels.dequantize(_index_of(code, table), table.alpha, table.level_set)
 
 
-@torch.library.custom_op("apot_fx_compat::quant_dequant", mutates_args=())
+@torch.library.custom_op(
+    "apot_fx_compat::quant_dequant", mutates_args=(), schema=_SCHEMA.format("x")
+)
 def quant_dequant(x: Tensor, alpha: Tensor | None, levels: Tensor, codes: Tensor) -> Tensor:
     """``dequantize(quantize(x))`` of x's dtype, without looking codes up and back."""
     level_set, clip, _, _ = read_table(alpha, levels, codes, x.device)

@@ -90,7 +90,6 @@ def test_per_channel_and_state() -> None:
     assert fake.scale.shape == (1, 3, 1)
     fake.disable_observer()
     loaded = AdaroundFakeQuantizer(qscheme=torch.per_channel_symmetric, ch_axis=1, **GRID)
-    del loaded.activation_post_process, fake.activation_post_process
     loaded.load_state_dict(fake.state_dict())
     for other in (loaded, copy.deepcopy(fake)):
         assert torch.equal(other(x), fake(x)) and torch.equal(other.V, fake.V)
