@@ -182,8 +182,14 @@ def quantize(x: Tensor, alpha: Tensor | None, levels: Tensor, codes: Tensor) -> 
 )
 def dequantize(code: Tensor, alpha: Tensor | None, levels: Tensor, codes: Tensor) -> Tensor:
     """The level of every code, float32 (float64 where the levels are), of code's shape."""
-    table = read_table(alpha, levels, codes, code.device)
-    return kernels.dequantize(_index_of(code, table), table.alpha, table.level_set)
+    level_set, clip, _, index = read_table(alpha, levels, codes, code.device)
+    _check_codes(code, index)
+    value_of_code = kernels.dequantize(index.masked_fill(index < 0, 0), clip, level_set)
+
+    def value(part: Tensor) -> Tensor:
+        return reference.look_up(value_of_code, part.to(torch.int32), part)
+
+    return _in_parts(value, code, value_of_code.dtype)
 
 
 @torch.library.custom_op(
@@ -210,19 +216,21 @@ def _in_parts(function: Callable[[Tensor], Tensor], x: Tensor, dtype: torch.dtyp
     return out
 
 
-def _index_of(code: Tensor, table: Table) -> Tensor:
+def _check_codes(code: Tensor, index_of_code: Tensor) -> None:
+    """Refuse codes of which the level is not known."""
     if code.is_floating_point() or code.is_complex() or code.dtype == torch.bool:
         raise TensorError(f"dequantize: codes are {code.dtype}; an integer tensor is wanted")
-    size = len(table.index_of_code)
-    low, high = (int(end) for end in code.aminmax()) if code.numel() else (0, 0)
-    if low >= 0 and high < size:
-        index = reference.look_up(table.index_of_code, code.to(torch.int32), code)
-        if not code.numel() or int(index.min()) >= 0:
-            return index
-    raise TensorError(
-        f"dequantize: codes from {low} to {high} are not all among level_indices, of 0 … "
-        f"{size - 1}; dequantize what the same quantizer gave"
-    )
+    if not code.numel():
+        return
+    low, high = (int(end) for end in code.aminmax())
+    known = low >= 0 and high < len(index_of_code)
+    if known and bool((index_of_code < 0).any()):  # not every number is a code
+        known = bool((index_of_code[code.long()] >= 0).all())
+    if not known:
+        raise TensorError(
+            f"dequantize: codes from {low} to {high} are not all among level_indices, of 0 … "
+            f"{len(index_of_code) - 1}; dequantize what the same quantizer gave"
+        )
 
 
 @quantize.register_fake

@@ -50,7 +50,7 @@ class AdaptiveRoundingLoss(nn.Module):
             return V.new_zeros(())
         start, end = self.beta_range
         beta = annealed_beta(curr_iter, self.max_iter, self.warm_start, start, end)
-        return self.reg_param * regularizer(V, beta).sum()
+        return self.reg_param * regularizer(V, beta)
 
     def reconstruction_loss(self, soft_quantized_output: Tensor, original_output: Tensor) -> Tensor:
         """Mean squared difference; 0-dim."""

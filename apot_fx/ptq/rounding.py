@@ -34,12 +34,12 @@ def initial_logits(fraction: Tensor) -> Tensor:
 
 
 def regularizer(v: Tensor, beta: float) -> Tensor:
-    """``1 − |2h − 1|^β`` of every element: 0 once it is decided, 1 half-way.
+    """``Σ 1 − |2h − 1|^β``: an element adds 0 once it is decided, 1 half-way.
 
-    >>> regularizer(torch.tensor([-9.0, 0.0, 9.0]), 2.0).tolist()
-    [0.0, 1.0, 0.0]
+    >>> regularizer(torch.tensor([-9.0, 0.0, 9.0]), 2.0).item()
+    1.0
     """
-    return 1 - (2 * rectified_sigmoid(v) - 1).abs().pow(beta)
+    return (1 - (2 * rectified_sigmoid(v) - 1).abs().pow(beta)).sum()
 
 
 def annealed_beta(

@@ -273,6 +273,15 @@ def test_levels_that_make_no_set(levels: list[float], codes: list[int], message:
         quantize_APoT(torch.rand(3), one, one, *table)
 
 
+def test_a_number_between_given_codes_is_none() -> None:
+    one, levels = torch.tensor(1.0), torch.tensor([0.0, 0.5, 1.0])
+    quantizer = APoTQuantizer(one, one, levels, torch.tensor([0, 7, 9]))
+    known = TensorAPoT(quantizer, torch.tensor([9, 0, 7]))
+    assert quantizer.dequantize(known).tolist() == [1.0, 0.0, 0.5]
+    with pytest.raises(TensorError, match="not all among level_indices"):
+        quantizer.dequantize(TensorAPoT(quantizer, torch.tensor([9, 8])))
+
+
 def test_codes_and_inputs_that_are_refused() -> None:
     quantizer = APoTQuantizer(*qparams())
     for codes in ([16], [-1], [10**6]):
