@@ -5,7 +5,7 @@
 """
 
 from . import ops as ops
-from .functional import dequantize, fake_quantize, pack, quantize, unpack
+from .functional import dequantize, fake_quantize, pack, quantize, readable, unpack
 from .reference import ALPHA_MAX, ALPHA_MIN, step_of
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "fake_quantize",
     "pack",
     "quantize",
+    "readable",
     "step_of",
     "unpack",
 ]
