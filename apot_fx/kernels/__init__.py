@@ -1,14 +1,14 @@
 """The operators ``torch.ops.apot_fx.*`` and the public functions before them.
 
 ``reference`` is the quantizer's arithmetic in torch's operators, ``native`` the same in compiled C,
-``dispatch`` who computes; ``products`` is linear and convolution on levels, ``packing`` the bit stream.
-``ops`` registers them, ``eager`` is the way around the dispatcher, ``functional`` checks what users
+``dispatch`` who computes; ``products`` is linear and convolution on levels, ``packing`` the bit
+stream. ``ops`` registers them, ``eager`` is the way around the dispatcher, ``functional`` checks what users
 pass.
 """
 
 from . import eager
 from . import ops as ops
-from .functional import dequantize, fake_quantize, pack, quantize, unpack
+from .functional import dequantize, fake_quantize, pack, quantize, readable, unpack
 from .native import Status, status
 from .reference import ALPHA_MAX, ALPHA_MIN, step_of
 
@@ -21,6 +21,7 @@ __all__ = [
     "fake_quantize",
     "pack",
     "quantize",
+    "readable",
     "status",
     "step_of",
     "unpack",

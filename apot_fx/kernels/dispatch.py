@@ -21,21 +21,23 @@ _SHIFT, _BYTES, _TABLE = 0, 1, 2
 _LIBRARY = native.loaded()
 
 
+_TABLES = (
+    "levels indices by_index level_bytes index_bytes index_levels level_line index_line"
+).split()
+
+
 class _Set(ctypes.Structure):
     """``apot_set`` of ``apot.h``."""
 
     _fields_ = (
         *((name, ctypes.c_int32) for name in "low high unit look count reserved".split()),
-        *(
-            (name, ctypes.c_void_p)
-            for name in "levels indices by_index level_bytes index_bytes index_levels level_line index_line".split()
-        ),
+        *((name, ctypes.c_void_p) for name in _TABLES),
     )
 
 
 @functools.lru_cache(maxsize=256)
 def _tables(spec: str) -> tuple[int, _Set, list[torch.Tensor]] | None:
-    """Address of a level set's tables, and what keeps them alive; None where they'd be too large."""
+    """Where a level set's tables are, and what keeps them alive; None where they'd be too large."""
     levels = LevelSet.parse(spec)
     if levels.unit > reference.TABLE_UNIT:
         return None

@@ -237,9 +237,9 @@ def fake_quantize(
     In the train form NaN stays and the result has x's dtype; with ``nan_to_zero`` (eval) NaN
     becomes zero and the result is float32 (float64 for float64).
     """
-    if axis is None and _in_parts(x):
+    if axis is None and in_parts(x):
         out = torch.empty_like(x, dtype=working_dtype(x) if nan_to_zero else x.dtype)
-        for part, place in zip(_parts(x), _parts(out), strict=True):
+        for part, place in zip(parts(x), parts(out), strict=True):
             place.copy_(fake_quantize(part, alpha, spec, None, None, grad, nan_to_zero))
         return out
     unit = LevelSet.parse(spec).unit
@@ -320,11 +320,11 @@ def ends(x: torch.Tensor) -> torch.Tensor:
 _PART = 2**18
 
 
-def _in_parts(x: torch.Tensor) -> bool:
+def in_parts(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.numel() > 2 * _PART and _is_dense(x)
 
 
-def _parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """A dense tensor's values in memory order, in 1-d parts."""
     return x.as_strided((x.numel(),), (1,)).split(_PART)
 

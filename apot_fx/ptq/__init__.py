@@ -1,0 +1,1 @@
+"""Post-training methods: what improves a prepared model without training it."""
