@@ -108,3 +108,8 @@ def test_trace(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trace", "my_module:build_model"]) == 0
     text = capsys.readouterr().out
     assert "annotate" in text and "quantized" in text
+
+
+def test_bench_says_which_kernels_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench"]) == 0
+    assert f"kernels: {status().isa}" in capsys.readouterr().out

@@ -2,8 +2,8 @@
 
 ``reference`` is the quantizer's arithmetic in torch's operators, ``native`` the same in compiled C,
 ``dispatch`` who computes; ``products`` is linear and convolution on levels, ``packing`` the bit
-stream. ``ops`` registers them, ``eager`` is the way around the dispatcher, ``functional`` checks what users
-pass.
+stream. ``ops`` registers them, ``eager`` is the way around the dispatcher, ``functional`` checks
+what users pass.
 """
 
 from . import eager
