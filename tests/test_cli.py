@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from apot_fx.cli import COMMANDS, main
+from apot_fx.kernels import status
 
 MODULE = """
 import torch
