@@ -16,7 +16,7 @@ from torch import nn
 from .collectives import largest_of_ranks, sum_of_ranks
 from .config import ACTIVATION_OBSERVERS, check_choice
 from .errors import CalibrationError, TensorError
-from .kernels import ALPHA_MAX, ALPHA_MIN, dispatch, reference
+from .kernels import ALPHA_MAX, ALPHA_MIN, reference
 from .levels import LevelSet
 
 #: Histogram: bins per octave (a power of two), and octaves from 2^-40 to 2^40.
@@ -104,7 +104,7 @@ class Observer(nn.Module, abc.ABC):
 
     def _ends(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Smallest and largest finite value per α, over all ranks; inf and −inf for none."""
-        found = dispatch.ends(x) if self.axis is None else reference.ends(self._rows(x))
+        found = torch.ops.apot_fx.ends(x) if self.axis is None else reference.ends(self._rows(x))
         ends = largest_of_ranks(torch.stack((-found[0], found[1])))
         return -ends[0], ends[1]
 

@@ -83,6 +83,7 @@ _define(f"fake_quantize(Tensor x, Tensor alpha, str level_set, {_WHERE}, str gra
 _define("fake_quantize_backward(Tensor grad, Tensor x, Tensor alpha, str level_set, int? axis, "
         "int? group_size, str mode) -> (Tensor, Tensor)",
         dispatch.fake_quantize_backward, _fake_backward)  # fmt: skip
+_define("ends(Tensor x) -> Tensor", dispatch.ends, lambda x: x.new_empty(2, dtype=torch.float32))
 _define("levels(Tensor index, str level_set) -> Tensor", _levels, _fake_levels)
 _define(f"to_levels(Tensor x, Tensor alpha, str level_set, {_WHERE}) -> Tensor",
         reference.to_levels, _fake_levels)  # fmt: skip
