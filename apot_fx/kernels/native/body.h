@@ -209,38 +209,42 @@ APOT_INLINE void back_loop(const apot_span *s, int in, int look, int varies) {
 
 /* the smallest and largest finite value, into s->ends */
 
+APOT_INLINE void ends_step(const void *from, int64_t at, int in, vf low[VECTORS],
+                           vf high[VECTORS]) {
+  vf x[VECTORS], none[VECTORS];
+  load_step(from, at, in, x);
+  EACH_VECTOR none[part] = v_mul(x[part], v_set(0)); /* NaN where x is not finite */
+  if (v_any_nan(none)) {
+    EACH_VECTOR {
+      vm odd = v_is_nan(none[part]);
+      low[part] = v_min(low[part], v_select(odd, v_set(INFINITY), x[part]));
+      high[part] = v_max(high[part], v_select(odd, v_set(-INFINITY), x[part]));
+    }
+  } else {
+    EACH_VECTOR low[part] = v_min(low[part], x[part]);
+    EACH_VECTOR high[part] = v_max(high[part], x[part]);
+  }
+}
+
 APOT_INLINE void ends_loop(const apot_span *s, int in) {
-  vf infinite = v_set(INFINITY), negative = v_set(-INFINITY);
-  vf largest_finite = v_set(0x1.fffffep127f), least_finite = v_set(-0x1.fffffep127f);
-  vf low = infinite, high = negative;
-  float rest[2] = {INFINITY, -INFINITY};
-  OVER_SPAN(
-      s->count,
-      {
-        vf x[VECTORS];
-        load_step(s->x, at, in, x);
-        EACH_VECTOR {
-          vm finite = v_within(x[part], least_finite, largest_finite);
-          low = v_min(low, v_select(finite, x[part], infinite));
-          high = v_max(high, v_select(finite, x[part], negative));
-        }
-      },
-      {
-        uint32_t last[STEP] = {0};
-        float value[STEP];
-        vf x[VECTORS];
-        memcpy(last, (const char *)s->x + at * size_of(in), left * size_of(in));
-        load_step(last, 0, in, x);
-        store_step(value, 0, x, APOT_F32);
-        for (int64_t lane = 0; lane < left; lane++) {
-          if (!isfinite(value[lane])) continue;
-          if (value[lane] < rest[0]) rest[0] = value[lane];
-          if (value[lane] > rest[1]) rest[1] = value[lane];
-        }
-      });
-  float least = v_least(low), most = v_largest(high);
-  s->ends[0] = rest[0] < least ? rest[0] : least;
-  s->ends[1] = rest[1] > most ? rest[1] : most;
+  vf low[VECTORS], high[VECTORS];
+  uint32_t last[STEP];
+  EACH_VECTOR low[part] = v_set(INFINITY);
+  EACH_VECTOR high[part] = v_set(-INFINITY);
+  OVER_SPAN(s->count, ends_step(s->x, at, in, low, high), {
+    size_t size = size_of(in);
+    const char *rest = (const char *)s->x + at * size;
+    /* Filled up with a value that is there. */
+    for (int64_t lane = 0; lane < STEP; lane++)
+      memcpy((char *)last + lane * size, rest + (lane < left ? lane : 0) * size, size);
+    ends_step(last, 0, in, low, high);
+  });
+  for (int part = 1; part < VECTORS; part++) {
+    low[0] = v_min(low[0], low[part]);
+    high[0] = v_max(high[0], high[part]);
+  }
+  s->ends[0] = v_least(low[0]);
+  s->ends[1] = v_largest(high[0]);
 }
 
 /* One inlined loop for each kind of table, dtype and α. */
