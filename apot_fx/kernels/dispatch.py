@@ -19,6 +19,7 @@ from .layout import Layout, layout_of
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SHIFT, _BYTES, _TABLE = 0, 1, 2
 _LIBRARY = native.loaded()
+_FLOAT = torch.empty(0)
 
 
 _TABLES = (
@@ -122,7 +123,8 @@ class _Rows:
 
 
 def _takes(x: torch.Tensor, alpha: torch.Tensor) -> bool:
-    return x.is_cpu and x.dtype in _DTYPES and alpha.dtype is torch.float32 and alpha.is_cpu
+    plain = x.is_cpu and x.dtype in _DTYPES and x.layout is torch.strided
+    return plain and alpha.dtype is torch.float32 and alpha.is_cpu
 
 
 def _run(name: str, *args: Any) -> None:
@@ -222,7 +224,7 @@ def dequantize(
 
 def ends(x: torch.Tensor) -> torch.Tensor:
     """As :func:`reference.ends` of ``x.flatten()``."""
-    if _LIBRARY is None or not x.is_cpu or x.dtype not in _DTYPES or layout_of(x, None) is None:
+    if _LIBRARY is None or not _takes(x, _FLOAT) or layout_of(x, None) is None:
         return reference.ends(x.flatten())
     out = torch.empty(2)
     _run("apot_ends", x.data_ptr(), x.numel(), _DTYPES[x.dtype], out.data_ptr())

@@ -26,7 +26,7 @@ def fake_quantize(
     nan_to_zero: bool = False,
 ) -> torch.Tensor:
     """``torch.ops.apot_fx.fake_quantize`` by the shortest way; unchecked, as the operator is."""
-    if type(x) not in _PLAIN or type(alpha) not in _PLAIN or _watched():
+    if type(x) not in _PLAIN or type(alpha) not in _PLAIN or x.is_neg() or _watched():
         made: torch.Tensor = torch.ops.apot_fx.fake_quantize(
             x, alpha, spec, axis, group_size, grad, nan_to_zero
         )

@@ -234,6 +234,13 @@ def test_eager_and_operator_agree_with_gradients() -> None:
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_negated_views() -> None:
+    x = torch.complex(torch.randn(40), torch.randn(40)).conj().imag
+    assert x.is_neg()
+    arguments = (x, torch.tensor(0.7), SETS[0].spec)
+    assert torch.equal(eager.fake_quantize(*arguments), reference.fake_quantize(*arguments))
+
+
 def test_one_compiled_graph() -> None:
     compiled = torch.compile(eager.fake_quantize, fullgraph=True, backend="aot_eager")
     arguments = (torch.randn(6, 7), torch.tensor(0.7), SETS[0].spec)
