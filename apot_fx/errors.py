@@ -64,6 +64,14 @@ class ParityError(ApotError, AssertionError):
     """Two stages that do not agree bit for bit."""
 
 
+class CompatError(ApotError, AssertionError):
+    """What PyTorch's experimental APoT refused by an assert: impossible b and k, no qparams."""
+
+
+class MissingPackageError(ApotError, ImportError):
+    """A package that an extra installs is wanted and missing."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``" Did you mean 'x'?"`` for the closest known name, or ``""``.
 

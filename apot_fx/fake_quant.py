@@ -15,7 +15,7 @@ from torch import nn
 
 from .config import ActivationSpec, WeightSpec
 from .errors import CalibrationError, StateError
-from .kernels import ALPHA_MAX, ALPHA_MIN, step_of
+from .kernels import ALPHA_MAX, ALPHA_MIN, eager, step_of
 from .levels import LevelSet
 from .observer import Observer, make_observer, weight_alpha
 from .tensor import check_alpha, keep_float32
@@ -145,10 +145,9 @@ class FakeQuantize(nn.Module):
         if rows is not None and self.axis is not None:
             alpha = alpha.index_select(0, rows)
         grad = "rcf" if learns else "ste"
-        quantized: torch.Tensor = torch.ops.apot_fx.fake_quantize(
+        return eager.fake_quantize(
             x, alpha, self.level_spec, self.axis, self.group_size, grad, not self.training
         )
-        return quantized
 
     @torch.no_grad()
     def _observe(self, x: torch.Tensor) -> None:

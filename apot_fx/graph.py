@@ -150,12 +150,34 @@ def set_submodule(owner: nn.Module, name: str, module: nn.Module) -> None:
 
 
 def substitute(owners: Iterable[nn.Module], new: Mapping[int, nn.Module]) -> None:
-    """Put modules in the place of others (by ``id``), wherever these are registered."""
+    """Put modules in the place of others (by ``id``), wherever these are registered, and in the
+    plain lists, tuples and dicts of modules that hold them."""
     for owner in owners:
         for module in list(owner.modules()):
             for name, child in module._modules.items():
                 if id(child) in new:
                     module._modules[name] = new[id(child)]
+            for key, value in module.__dict__.items():
+                if any(id(part) in new for part in _parts(value)):
+                    module.__dict__[key] = _with_others(value, new)
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    if type(value) is dict:
+        return value.values()
+    return value if type(value) in (list, tuple) else ()
+
+
+def _with_others(value: Any, new: Mapping[int, nn.Module]) -> Any:
+    """A list, tuple or dict with modules in the place of others; lists and dicts are kept."""
+    if isinstance(value, dict):
+        value.update({key: new.get(id(part), part) for key, part in value.items()})
+        return value
+    parts = [new.get(id(part), part) for part in value]
+    if isinstance(value, list):
+        value[:] = parts
+        return value
+    return tuple(parts)
 
 
 def copy_of(model: nn.Module) -> nn.Module:

@@ -94,14 +94,22 @@ class Observer(nn.Module, abc.ABC):
     @torch.no_grad()
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Observe ``x`` and return it unchanged."""
-        rows = rows_of(x, self.axis, self.group_size)
-        self.update(rows, rows.isfinite())
+        self.update(x.detach())
         return x
 
-    def update(self, rows: torch.Tensor, finite: torch.Tensor) -> None:
-        """Take in one batch, a row per α. It may hold no finite value, or none at all: another
-        rank's may, and the ranks' statistics are joined in here."""
-        self._widen(*_ends(rows, finite))
+    def update(self, x: torch.Tensor) -> None:
+        """Take in one batch. It may hold no finite value, or none at all: another rank's may, and
+        the ranks' statistics are joined in here."""
+        self._widen(*self._ends(x))
+
+    def _ends(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Smallest and largest finite value per α, over all ranks; inf and −inf for none."""
+        found = torch.ops.apot_fx.ends(x) if self.axis is None else reference.ends(self._rows(x))
+        ends = largest_of_ranks(torch.stack((-found[0], found[1])))
+        return -ends[0], ends[1]
+
+    def _rows(self, x: torch.Tensor) -> torch.Tensor:
+        return rows_of(x, self.axis, self.group_size)
 
     def _widen(self, low: torch.Tensor, high: torch.Tensor) -> None:
         self.low.copy_(torch.minimum(self.low, low.reshape(self.low.shape)))
@@ -135,17 +143,6 @@ class Observer(nn.Module, abc.ABC):
         self._widen(other.low.to(self.low.device), other.high.to(self.high.device))
 
 
-def _ends(rows: torch.Tensor, finite: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Smallest and largest finite value per row, over all ranks; inf and −inf for none."""
-    if not rows.shape[1]:
-        rows, finite = rows.new_zeros(len(rows), 1), finite.new_zeros(len(rows), 1)
-    infinity = float("inf")
-    low = rows.masked_fill(~finite, infinity).amin(1)
-    high = rows.masked_fill(~finite, -infinity).amax(1)
-    ends = largest_of_ranks(torch.stack((-low, high)))
-    return -ends[0], ends[1]
-
-
 class MinMaxObserver(Observer):
     """α covers everything seen."""
 
@@ -158,8 +155,8 @@ class MovingAverageObserver(Observer):
 
     constant = 0.1
 
-    def update(self, rows: torch.Tensor, finite: torch.Tensor) -> None:
-        for kept, new in zip((self.low, self.high), _ends(rows, finite), strict=True):
+    def update(self, x: torch.Tensor) -> None:
+        for kept, new in zip((self.low, self.high), self._ends(x), strict=True):
             new = new.reshape(kept.shape)
             moved = kept + self.constant * (new - kept)
             kept.copy_(torch.where(new.isinf(), kept, torch.where(kept.isinf(), new, moved)))
@@ -186,8 +183,10 @@ class HistogramObserver(Observer):
         super().__init__(shape, axis, group_size)
         self.register_buffer("counts", torch.zeros(*shape, 2, _BINS, dtype=torch.int64))
 
-    def update(self, rows: torch.Tensor, finite: torch.Tensor) -> None:
-        super().update(rows, finite)
+    def update(self, x: torch.Tensor) -> None:
+        super().update(x)
+        rows = self._rows(x)
+        finite = rows.isfinite()
         bits = rows.abs().contiguous().view(torch.int32) >> (23 - _SUB_BITS)
         place = (bits - _FIRST).clamp(0, _BINS - 1).long()
         row = torch.arange(len(rows), device=rows.device).unsqueeze(1)

@@ -49,7 +49,9 @@ def tensors_in(value: Any) -> list[torch.Tensor]:
 
 
 def as_integers(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor's bits as integers (integers and bools as they are)."""
+    """A tensor's bits as integers (integers and bools as they are); a sparse one's, spread out."""
+    if tensor.layout is not torch.strided:
+        tensor = tensor.to_dense()
     if tensor.is_complex():
         tensor = torch.view_as_real(tensor)
     if not tensor.is_floating_point():
@@ -59,6 +61,8 @@ def as_integers(tensor: torch.Tensor) -> torch.Tensor:
 
 def unequal(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
     """Where two tensors of one shape and dtype differ in bits; any two NaNs are equal."""
+    if first.layout is not torch.strided:
+        first, second = first.to_dense(), second.to_dense()
     if first.is_complex():
         first, second = torch.view_as_real(first), torch.view_as_real(second)
     differ = as_integers(first) != as_integers(second)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from apot_fx.cli import COMMANDS, main
+from apot_fx.kernels import status
 
 MODULE = """
 import torch
@@ -108,3 +109,8 @@ def test_trace(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["trace", "my_module:build_model"]) == 0
     text = capsys.readouterr().out
     assert "annotate" in text and "quantized" in text
+
+
+def test_bench_says_which_kernels_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench"]) == 0
+    assert f"kernels: {status().isa}" in capsys.readouterr().out

@@ -403,11 +403,11 @@ def test_prepare_in_train_does_not_advance_a_parametrization(with_example: bool)
     assert all(torch.equal(state[name], value) for name, value in before.items())
 
 
-def test_calibration_of_nan_alone_is_said() -> None:
+def test_calibration_of_nan_alone_is_refused() -> None:
     prepared = apot_fx.prepare_apot(model_of(list_in), "w4a4", example_inputs=([X],))
-    apot_fx.calibrate(prepared, [([X * float("nan")],)], progress=False)
-    with pytest.raises(CalibrationError, match="never saw a finite value"):
-        apot_fx.convert_apot(prepared)
+    for nothing in (X * float("nan"), X[:0]):
+        with pytest.raises(CalibrationError, match="no quantizer saw a finite value"):
+            apot_fx.calibrate(prepared, [([nothing],)], progress=False)
 
 
 def test_parity_does_not_compare_unwritten_memory() -> None:
@@ -418,3 +418,130 @@ def test_parity_does_not_compare_unwritten_memory() -> None:
     view = next(user for user in empty.users if user.target is operator.getitem)
     verdict = apot_fx.check_parity(prepared, apot_fx.convert_apot(prepared), [X])
     assert {empty.name, view.name}.isdisjoint(found.where for found in verdict.nodes)
+
+
+def updates_a_twin(self: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        for mine, twin in zip(self.a.parameters(), self.twin.parameters(), strict=True):
+            (twin.data if self.through_data else twin).mul_(0.9).add_(mine, alpha=0.1)
+    return self.b(self.a(x) - self.twin(x))
+
+
+@pytest.mark.parametrize("with_example", [False, True])
+@pytest.mark.parametrize("through_data", [False, True])
+def test_parameters_that_a_forward_writes_are_put_back(
+    with_example: bool, through_data: bool
+) -> None:
+    model = model_of(updates_a_twin, twin=nn.Linear(8, 8))
+    model.through_data = through_data  # type: ignore[assignment]
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    prepared = apot_fx.prepare_apot(model, "w4a4", example_inputs=X if with_example else None)
+    state = prepared.state_dict()
+    for name, value in model.state_dict().items():
+        assert torch.equal(before[name], value) and torch.equal(before[name], state[name])
+    prepared.apply(apot_fx.disable_observer).apply(apot_fx.disable_fake_quant)
+    with torch.no_grad():
+        assert all(torch.equal(prepared(X), model(X)) for _ in range(3))
+
+
+@pytest.mark.parametrize("with_example", [False, True])
+def test_attention_with_dropout_prepared_in_train(with_example: bool) -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True)
+    x = torch.randn(2, 5, 8)
+    model = nn.TransformerEncoder(layer, 1).train()
+    prepared = apot_fx.prepare_apot(model, "w4a4", example_inputs=x if with_example else None)
+    apot_fx.calibrate(prepared, [x], progress=False)
+    rows = apot_fx.explain(prepared).rows
+    assert sum(row["form"] == "quantized" for row in rows) == 4
+    assert apot_fx.check_parity(prepared, apot_fx.convert_apot(prepared), [x]).ok
+
+
+def test_one_tensor_given_twice() -> None:
+    class Cross(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attend = nn.MultiheadAttention(8, 2)
+
+        def forward(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+            return self.attend(q, k, k)[0]
+
+    x = torch.randn(3, 2, 8)
+    prepared = apot_fx.prepare_apot(Cross().eval(), "w4a4", example_inputs=(x, x))
+    apot_fx.calibrate(prepared, [(x, x)], progress=False)
+    assert apot_fx.check_parity(prepared, apot_fx.convert_apot(prepared), [(x, x)]).ok
+
+
+def by_kind(self: Any, x: Any) -> torch.Tensor:
+    return self.b(self.a(x[0] if isinstance(x, (list, tuple)) else x))
+
+
+def test_isinstance_of_an_argument_is_guarded() -> None:
+    for first, other in ((X, [X]), ([X], X)):
+        prepared = apot_fx.prepare_apot(model_of(by_kind), "w4a4", example_inputs=(first,))
+        with pytest.raises(GuardError, match="example_inputs"):
+            prepared(other)
+
+
+def multiplies_sparse(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.b(torch.sparse.mm(self.adjacent, self.a(x)))
+
+
+@pytest.mark.parametrize("with_example", [False, True])
+def test_sparse_buffers(with_example: bool) -> None:
+    model = model_of(multiplies_sparse)
+    model.register_buffer("adjacent", torch.eye(4).to_sparse())
+    check(model, [(X,)], with_example)
+
+
+def test_layers_in_plain_containers() -> None:
+    class Lists(Base):
+        def __init__(self) -> None:
+            super().__init__()
+            self.steps, self.table = [self.a, torch.relu], {"last": self.b}
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if x.sum() > 1e9:
+                return x
+            for step in self.steps:
+                x = step(x)
+            return self.table["last"](x)
+
+    prepared = check(Lists().eval(), [(X,)], with_example=True)
+    assert sum(row["form"] == "quantized" for row in apot_fx.explain(prepared).rows) == 2
+
+
+def test_random_draws_of_python_code() -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        return self.b(self.a(x)[torch.randperm(len(x))])
+
+    prepared = apot_fx.prepare_apot(model_of(forward), "w4a4", example_inputs=X)
+    apot_fx.calibrate(prepared, [X], progress=False)
+    assert apot_fx.check_parity(prepared, apot_fx.convert_apot(prepared), [X]).ok
+
+
+def asks_for_gradients(self: Any, x: torch.Tensor) -> torch.Tensor:
+    return self.b(self.a(x) * (2 if torch.is_grad_enabled() else 3))
+
+
+def seeds(self: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        noise = torch.rand_like(x)
+    return self.b(self.a(x) + noise)
+
+
+def differentiates(self: Any, x: torch.Tensor) -> torch.Tensor:
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        return torch.autograd.grad(self.a(x).square().sum(), x)[0]
+
+
+@pytest.mark.parametrize("with_example", [False, True])
+@pytest.mark.parametrize("forward", [asks_for_gradients, seeds, differentiates])
+def test_state_outside_of_the_graph(forward: Callable[..., Any], with_example: bool) -> None:
+    model = model_of(forward)
+    prepared = apot_fx.prepare_apot(model, "w4a4", example_inputs=X if with_example else None)
+    prepared.apply(apot_fx.disable_observer).apply(apot_fx.disable_fake_quant)
+    for enabled in (False, True):
+        with torch.set_grad_enabled(enabled):
+            assert same_bits(prepared(X), model(X)) and same_bits(prepared(X), model(X))

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from ..errors import ApotError
-from . import demo, levels, presets, quantize, trace
+from . import bench, demo, levels, presets, quantize, trace
 
 COMMANDS = {
     "demo": demo,
@@ -19,6 +19,7 @@ COMMANDS = {
     "trace": trace,
     "levels": levels,
     "presets": presets,
+    "bench": bench,
 }
 
 

@@ -13,7 +13,7 @@ from torch import nn
 from tqdm import tqdm
 
 from .. import api
-from ..errors import ApotError
+from ..errors import MissingPackageError
 from ..table import Table
 from ..views import stored_bytes
 from .models import ResidualNet, SeparableNet
@@ -44,7 +44,7 @@ def load_digits(seed: int) -> Digits:
     try:
         from sklearn import datasets, model_selection
     except ImportError:
-        raise ApotError(
+        raise MissingPackageError(
             "the demo's images come with scikit-learn; pip install 'apot_fx[demo]'"
         ) from None
     images, labels = datasets.load_digits(return_X_y=True)

@@ -117,7 +117,7 @@ def pack(index: torch.Tensor, bits: int) -> torch.Tensor:
     _check_bits("pack", bits)
     if not isinstance(index, fx.Proxy):
         _check_integers("pack", index)
-        if _readable(index) and index.numel():
+        if readable(index) and index.numel():
             low, high = (int(end) for end in index.aminmax())
             if low < 0 or high >= 2**bits:
                 raise TensorError(
@@ -179,7 +179,7 @@ def _alpha_tensor(verb: str, x: torch.Tensor, alpha: float | torch.Tensor) -> to
     if isinstance(alpha, torch.Tensor):
         if not alpha.is_floating_point():
             raise TensorError(f"{verb}: alpha is {alpha.dtype}; a floating-point tensor is wanted")
-        if _readable(alpha) and bool(alpha.isnan().any()):
+        if readable(alpha) and bool(alpha.isnan().any()):
             raise TensorError(f"{verb}: alpha holds NaN")
         return alpha
     if not isinstance(alpha, (int, float)) or not ALPHA_MIN <= alpha <= ALPHA_MAX:
@@ -225,7 +225,7 @@ def _check_integers(verb: str, index: torch.Tensor) -> None:
 
 
 def _check_range(verb: str, index: torch.Tensor, level_set: LevelSet) -> None:
-    if not _readable(index) or not index.numel():
+    if not readable(index) or not index.numel():
         return
     low, high = (int(end) for end in index.aminmax())
     if low < 0 or high >= len(level_set):
@@ -234,7 +234,7 @@ def _check_range(verb: str, index: torch.Tensor, level_set: LevelSet) -> None:
         )
 
 
-def _readable(x: torch.Tensor) -> bool:
+def readable(x: torch.Tensor) -> bool:
     """Whether values may be looked at: not while compiling or on fake and meta tensors."""
     fake = isinstance(x, torch._subclasses.FakeTensor) or x.is_meta
     return not (fake or torch.compiler.is_compiling())

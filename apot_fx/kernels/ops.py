@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import packing, products, reference
+from . import dispatch, packing, products, reference
 
 _LIBRARY = torch.library.Library("apot_fx", "DEF")
 _WHERE = "int? axis=None, int? group_size=None"
@@ -74,15 +74,16 @@ def _fake_linear(x: torch.Tensor, w: torch.Tensor, *rest: Any) -> torch.Tensor:
 
 
 _define(f"quantize(Tensor x, Tensor alpha, str level_set, {_WHERE}) -> Tensor",
-        reference.quantize, _fake_index)  # fmt: skip
+        dispatch.quantize, _fake_index)  # fmt: skip
 _define(f"dequantize(Tensor index, Tensor alpha, str level_set, {_WHERE}) -> Tensor",
-        reference.dequantize, _fake_values)  # fmt: skip
+        dispatch.dequantize, _fake_values)  # fmt: skip
 _define(f"fake_quantize(Tensor x, Tensor alpha, str level_set, {_WHERE}, str grad='ste', "
         "bool nan_to_zero=False) -> Tensor",
-        reference.fake_quantize, _fake_fake_quantize)  # fmt: skip
+        dispatch.fake_quantize, _fake_fake_quantize)  # fmt: skip
 _define("fake_quantize_backward(Tensor grad, Tensor x, Tensor alpha, str level_set, int? axis, "
         "int? group_size, str mode) -> (Tensor, Tensor)",
-        reference.fake_quantize_backward, _fake_backward)  # fmt: skip
+        dispatch.fake_quantize_backward, _fake_backward)  # fmt: skip
+_define("ends(Tensor x) -> Tensor", dispatch.ends, lambda x: x.new_empty(2, dtype=torch.float32))
 _define("levels(Tensor index, str level_set) -> Tensor", _levels, _fake_levels)
 _define(f"to_levels(Tensor x, Tensor alpha, str level_set, {_WHERE}) -> Tensor",
         reference.to_levels, _fake_levels)  # fmt: skip

@@ -11,8 +11,10 @@ import bisect
 import functools
 
 import torch
+import torch.nn.functional as functional
 
 from ..levels import LevelSet
+from .layout import layout_of, memory_order
 
 ALPHA_MIN, ALPHA_MAX = 2.0**-40, 2.0**40
 
@@ -82,17 +84,55 @@ def per_alpha(unit: int, alpha: torch.Tensor) -> torch.Tensor:
 def reduce_to_alpha(
     values: torch.Tensor, alpha: torch.Tensor, axis: int | None, group_size: int | None
 ) -> torch.Tensor:
-    """Sum per α, float64 of α's shape; the counterpart of :func:`spread`."""
-    if axis is None:
-        total = values.sum(dtype=torch.float64)
-    else:
+    """Sum per α, float64 of α's shape; the counterpart of :func:`spread`.
+
+    On the CPU in the order that docs/arithmetic.md gives, whatever the number of threads.
+    """
+    runs = _runs(values.double(), axis, group_size)
+    if values.device.type != "cpu":
+        return runs.sum((0, 2)).reshape(alpha.shape)
+    runs = _in_order(_block_sums(runs)) if runs.shape[2] != 1 else runs.squeeze(2)
+    runs = functional.pad(runs, (0, 0, 0, -len(runs) % _RUNS)).unflatten(0, (-1, _RUNS))
+    return _in_order(_in_order(runs.transpose(1, 2)).T).reshape(alpha.shape)
+
+
+#: The order of sums: lanes within blocks of values, then blocks, then runs in blocks of runs.
+_LANES, _BLOCK, _RUNS = 32, 4096, 64
+
+
+def _runs(values: torch.Tensor, axis: int | None, group_size: int | None) -> torch.Tensor:
+    """Values as outer × channels × inner, in the order of memory; short groups filled up."""
+    if group_size is not None:
+        assert axis is not None
         rows = values.movedim(axis, 0).flatten(1) if values.dim() > 1 else values.unsqueeze(1)
-        if group_size is None:
-            total = rows.sum(1, dtype=torch.float64)
-        else:
-            rows = torch.nn.functional.pad(rows, (0, -rows.shape[1] % group_size))
-            total = rows.unflatten(1, (-1, group_size)).sum(2, dtype=torch.float64)
-    return total.reshape(alpha.shape)
+        rows = functional.pad(rows, (0, -rows.shape[1] % group_size))
+        return rows.reshape(1, -1, group_size)
+    layout = layout_of(values, axis)
+    if layout is None:
+        values = torch.empty_like(values).copy_(values)
+        layout = layout_of(values, axis)
+        assert layout is not None
+    order = memory_order(values) or []
+    return values.permute(order + [d for d in range(values.dim()) if d not in order]).reshape(
+        layout.outer, layout.channels, layout.inner
+    )
+
+
+def _block_sums(runs: torch.Tensor) -> torch.Tensor:
+    """Sums of blocks of a run, each in lanes that are joined in halves at the end."""
+    blocks = functional.pad(runs, (0, -runs.shape[2] % _BLOCK)).unflatten(2, (-1, _BLOCK))
+    lanes = _in_order(blocks.unflatten(3, (-1, _LANES)).transpose(3, 4))
+    while lanes.shape[-1] > 1:
+        lanes = lanes[..., : lanes.shape[-1] // 2] + lanes[..., lanes.shape[-1] // 2 :]
+    return lanes.squeeze(-1)
+
+
+def _in_order(values: torch.Tensor) -> torch.Tensor:
+    """Sums over the last dimension, one value after the other."""
+    total = values.new_zeros(values.shape[:-1])
+    for value in values.unbind(-1):
+        total += value
+    return total
 
 
 def half_units(
@@ -197,9 +237,9 @@ def fake_quantize(
     In the train form NaN stays and the result has x's dtype; with ``nan_to_zero`` (eval) NaN
     becomes zero and the result is float32 (float64 for float64).
     """
-    if axis is None and _in_parts(x):
+    if axis is None and in_parts(x):
         out = torch.empty_like(x, dtype=working_dtype(x) if nan_to_zero else x.dtype)
-        for part, place in zip(_parts(x), _parts(out), strict=True):
+        for part, place in zip(parts(x), parts(out), strict=True):
             place.copy_(fake_quantize(part, alpha, spec, None, None, grad, nan_to_zero))
         return out
     unit = LevelSet.parse(spec).unit
@@ -231,14 +271,7 @@ def fake_quantize_backward(
 
     An α outside its limits only receives a gradient that leads it back.
     """
-    if axis is None and _in_parts(x) and grad.stride() == x.stride():
-        dx, total = torch.empty_like(x), torch.zeros_like(alpha, dtype=torch.float64)
-        for given, part, place in zip(_parts(grad), _parts(x), _parts(dx), strict=True):
-            found, share = _backward(given, part, alpha, spec, None, None, mode)
-            place.copy_(found)
-            total += share
-    else:
-        dx, total = _backward(grad, x, alpha, spec, axis, group_size, mode)
+    dx, total = _backward(grad, x, alpha, spec, axis, group_size, mode)
     dalpha = total.to(alpha.dtype)
     dalpha = torch.where(alpha < ALPHA_MIN, dalpha.clamp(max=0), dalpha)
     return dx, torch.where(alpha > ALPHA_MAX, dalpha.clamp(min=0), dalpha)
@@ -268,18 +301,30 @@ def _backward(
         place = (half_units(x, alpha, spec, axis, group_size) - 2 * levels.q_min).to(torch.int32)
         q = look_up(half_unit_levels(spec, x.device, dtype), place, x)
     share = (q / levels.unit).sub_((wide / clip).mul_(inside).nan_to_num_(nan=0.0))
-    return dx, reduce_to_alpha(share.mul_(grad.to(dtype)), alpha, axis, group_size)
+    share = _like(share.mul_(grad.to(dtype)), x)
+    return dx, reduce_to_alpha(share, alpha, axis, group_size)
+
+
+def ends(x: torch.Tensor) -> torch.Tensor:
+    """The smallest and the largest finite value along the last axis, float32, ``(2, …)``.
+
+    inf and −inf where none is finite.
+    """
+    x = functional.pad(x.float(), (0, 1), value=float("nan")) if not x.shape[-1] else x.float()
+    finite, infinity = x.isfinite(), float("inf")
+    low = x.masked_fill(~finite, infinity).amin(-1)
+    return torch.stack((low, x.masked_fill(~finite, -infinity).amax(-1)))
 
 
 #: Values per part: a chain of passes over so many stays in the cache, 3 times as fast.
 _PART = 2**18
 
 
-def _in_parts(x: torch.Tensor) -> bool:
+def in_parts(x: torch.Tensor) -> bool:
     return x.device.type == "cpu" and x.numel() > 2 * _PART and _is_dense(x)
 
 
-def _parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+def parts(x: torch.Tensor) -> tuple[torch.Tensor, ...]:
     """A dense tensor's values in memory order, in 1-d parts."""
     return x.as_strided((x.numel(),), (1,)).split(_PART)
 

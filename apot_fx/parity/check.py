@@ -19,7 +19,7 @@ from ..passes.purity import unchanged
 from ..passes.stage import StageModule, info
 from ..passes.tree import joined, stage_info, stages, standalone
 from ..values import same_bits, tensor_pairs, unequal
-from .record import NodeFailure, Site, recording
+from .record import NodeFailure, Site, recording, seed
 from .stored import compare_stored, ulp_distance
 from .verdict import Finding, Verdict
 
@@ -134,6 +134,7 @@ class _Comparison:
     def _call(self, model: nn.Module, watch: Any, call: Forward, batch: Any, number: int) -> None:
         try:
             with unchanged(model), recording(model, watch):
+                seed(number)
                 call(model, batch)
         except NodeFailure as problem:
             if model is self.prepared:
@@ -250,8 +251,14 @@ def _is_pinned(site: Site, value: Any) -> bool:
 
 def _copy(value: torch.Tensor) -> torch.Tensor:
     """A copy with the same strides, overlapping ones too."""
+    if value.layout is not torch.strided:
+        return value.clone()
     storage = value.untyped_storage().clone()
     return value.new_empty(0).set_(storage, value.storage_offset(), value.shape, value.stride())
+
+
+def _strides(value: torch.Tensor) -> tuple[int, ...]:
+    return value.stride() if value.layout is torch.strided else ()
 
 
 def _compare_values(
@@ -263,7 +270,7 @@ def _compare_values(
             finding.problem = "is float where indices are expected"
             return
         theirs = quantizer.dequantize(theirs, mine.dtype)
-    elif mine.stride() != theirs.stride() and mine.numel():
+    elif _strides(mine) != _strides(theirs) and mine.numel():
         finding.problem = f"strides {theirs.stride()}, expected {mine.stride()}"
         return
     if mine.shape != theirs.shape or mine.dtype != theirs.dtype:

@@ -115,7 +115,7 @@ class _Recorder(fx.Interpreter):
     def run_node(self, n: fx.Node) -> Any:
         found, site = info(n), Site(self.path, self.turn, n)
         if found.id is not None:
-            _seed(found.id)
+            seed(found.id)
         try:
             value = super().run_node(n)
         except NodeFailure:
@@ -127,7 +127,7 @@ class _Recorder(fx.Interpreter):
         return value
 
 
-def _seed(number: int) -> None:
+def seed(number: int) -> None:
     """``torch.manual_seed`` of the devices in use: for others it queues a call, with its stack."""
     torch.default_generator.manual_seed(number)
     kind = torch.accelerator.current_accelerator(check_available=True)

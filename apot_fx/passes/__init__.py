@@ -50,7 +50,20 @@ from .tied import Groups
 from .trace import trace
 from .tracer import ApotTracer
 
-__all__ = ["ApotTracer", "convert_passes", "keep_passes", "prepare_passes", "run_passes", "trace"]
+__all__ = [
+    "ApotTracer",
+    "capture_passes",
+    "convert_passes",
+    "keep_passes",
+    "prepare_passes",
+    "run_passes",
+    "trace",
+]
+
+
+def capture_passes() -> tuple[Pass, ...]:
+    """From a traced stage to one that follows the mode, whose bits are those of the model."""
+    return (Functionalize(), Normalize())
 
 
 def prepare_passes(
@@ -59,14 +72,12 @@ def prepare_passes(
     ends: tuple[bool, bool] = (True, True),
     tied: Groups | None = None,
 ) -> tuple[Pass, ...]:
-    """From a traced stage to a prepared one.
+    """From a captured stage to a prepared one.
 
     ``path``: where the stage lies in the model; ``ends``: whether its inputs and outputs are the
     model's; ``tied``: the model's layers that share a weight.
     """
     return (
-        Functionalize(),
-        Normalize(),
         FunctionalLayers(),
         Annotate(mapping, path, ends, tied or {}),
         QuantizeResiduals(mapping),

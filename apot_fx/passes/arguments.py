@@ -29,6 +29,7 @@ class RootArguments:
         self.example = call is not None
         self.given = {} if call is None else call.bound(tracer.root).arguments
         self.seen: dict[int, fx.Proxy] = {}
+        self.attends = any(isinstance(module, Expanded) for module in tracer.root.modules())
         self.by_name = frozenset() if call is None else frozenset(call.kwargs)
 
     def make(self, signature: inspect.Signature) -> tuple[list[Any], dict[str, Any]]:
@@ -81,7 +82,7 @@ class RootArguments:
             return value
         if default == (None,) and value is not UNKNOWN:
             self._guard(check_given, made, name)
-        if isinstance(self.tracer.root, Expanded) and isinstance(value, torch.Tensor):
+        if self.attends and isinstance(value, torch.Tensor):
             return self._shared(made, value, name)
         return made
 

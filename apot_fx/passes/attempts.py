@@ -33,7 +33,10 @@ class Attempts:
 
     def learn(self, model: nn.Module, tracer: ApotTracer, problem: Exception) -> None:
         """Name what failed, function before module; raises TraceError where it is the root."""
-        why = f"untraceable at {_where(problem)}: {_first_line(problem)}"
+        remedy = (
+            "rewrite that line" if tracer.example else "pass example_inputs, or rewrite that line"
+        )
+        why = f"untraceable at {_where(problem)}: {_first_line(problem)}; {remedy}"
         if self._ban(tracer) or (tracer.example and self._learn_function(problem, why)):
             return
         name = tracer.failed_in

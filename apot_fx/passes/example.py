@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -57,15 +57,14 @@ class Call:
     def _resized(self, axes: Callable[[torch.Tensor], tuple[int, ...]]) -> Call:
         """With other lengths of axes, where they are those of the first tensor that has them."""
         lengths: dict[int, int] = {}
+        memo: dict[int, Any] = {}  # what was one tensor stays one
 
         def resize(leaf: Any) -> Any:
-            if not isinstance(leaf, torch.Tensor):
+            if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided:
                 return leaf
-            for axis in axes(leaf):
-                size = leaf.shape[axis]
-                if lengths.setdefault(axis, size) == size:
-                    leaf = _half(leaf, axis)
-            return leaf
+            if id(leaf) not in memo:
+                memo[id(leaf)] = _resized(leaf, axes(leaf), lengths)
+            return memo[id(leaf)]
 
         args, kwargs = pytree.tree_map(resize, (self.args, self.kwargs))
         return Call(args, kwargs)
@@ -79,6 +78,14 @@ class Call:
             raise TraceError(
                 f"example_inputs don't fit {type(model).__name__}.forward{signature}: {problem}"
             ) from None
+
+
+def _resized(tensor: torch.Tensor, axes: Iterable[int], lengths: dict[int, int]) -> torch.Tensor:
+    for axis in axes:
+        size = tensor.shape[axis]
+        if lengths.setdefault(axis, size) == size:
+            tensor = _half(tensor, axis)
+    return tensor
 
 
 def _batch(tensor: torch.Tensor) -> tuple[int, ...]:

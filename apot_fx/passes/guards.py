@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from ..errors import GuardError
 
 
@@ -68,6 +70,20 @@ def check_fact(value: object, expected: object, name: str) -> None:
         raise GuardError(
             f"{name} held {expected!r} in the example_inputs and holds {now} now; prepare with "
             "example_inputs of this kind"
+        )
+
+
+def kind_of(value: object) -> str:
+    """What a decision by ``isinstance`` asks for."""
+    return "Tensor" if isinstance(value, torch.Tensor) else type(value).__name__
+
+
+def check_kind(value: object, kind: str, name: str) -> None:
+    """Graph node: an argument is of the kind that it was in the example (GuardError)."""
+    if kind_of(value) != kind:
+        raise GuardError(
+            f"{name} was a {kind} in the example_inputs and is a {kind_of(value)} now; prepare "
+            "with example_inputs of this kind"
         )
 
 

@@ -100,9 +100,15 @@ class Insert(Pass):
 
 
 def insert_call(stage: StageModule, name: str, source: fx.Node) -> fx.Node:
-    """A call of fake-quant ``name`` on ``source``, right after it, with a provenance of its own."""
-    graph = source.graph
-    with graph.inserting_after(source):
+    """A call of fake-quant ``name`` on ``source``, right after it, with a provenance of its own.
+
+    An argument's stands behind the guards of all arguments.
+    """
+    graph, place = source.graph, source
+    if source.op == "placeholder":
+        while place.next.op == "placeholder" or place.next.meta.get("keep"):
+            place = place.next
+    with graph.inserting_after(place):
         call = graph.call_module(name, (source,))
     set_info(call, NodeInfo(id=next_id(graph), origin=info(source).origin, quantizer=name))
     return call

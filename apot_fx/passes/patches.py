@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,14 @@ _FACTORIES = (
     "arange zeros ones full empty eye linspace logspace tensor as_tensor finfo iinfo tril_indices "
     "triu_indices range scalar_tensor Size"
 ).split()
+#: Calls that no graph can hold, and why.
+_REFUSED: dict[tuple[Any, str], str] = {
+    (torch, "manual_seed"): "it seeds the random state",
+    (torch, "seed"): "it seeds the random state",
+    (torch.random, "fork_rng"): "it keeps the random state",
+    (torch, "is_grad_enabled"): "it asks whether gradients are on",
+    (torch.autograd, "grad"): "it takes gradients",
+}
 _RANDOM = "rand randn randint randperm normal bernoulli poisson multinomial".split()
 
 
@@ -33,6 +42,7 @@ def recording_factories(tracer: ApotTracer) -> Iterator[None]:
     before = {name: getattr(torch, name) for name in (*_FACTORIES, *_RANDOM)}
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
     marking = dynamo.mark_static_address
+    refused = {(owner, name): getattr(owner, name) for owner, name in _REFUSED}
     swapping = stateless._reparametrize_module
     try:
         for name, function in before.items():
@@ -42,11 +52,15 @@ def recording_factories(tracer: ApotTracer) -> Iterator[None]:
         torch.autocast.__enter__ = _entering(tracer, enter)  # type: ignore[method-assign]
         torch.autocast.__exit__ = _leaving(tracer, leave)  # type: ignore[method-assign]
         dynamo.mark_static_address = _on_tensors(marking)
-        stateless._reparametrize_module = _refused(tracer, swapping)
+        stateless._reparametrize_module = _swapping(tracer, swapping)
+        for (owner, name), function in refused.items():
+            setattr(owner, name, _refused(tracer, function, _REFUSED[owner, name]))
         yield
     finally:
         dynamo.mark_static_address = marking
         stateless._reparametrize_module = swapping
+        for (owner, name), function in refused.items():
+            setattr(owner, name, function)
         for name, function in before.items():
             setattr(torch, name, function)
         torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
@@ -82,7 +96,19 @@ def tracing_into_wrapped() -> Iterator[None]:
         wrapped.update(before)
 
 
-def _refused(tracer: ApotTracer, swap: Callable[..., Any]) -> Callable[..., Any]:
+def _refused(tracer: ApotTracer, function: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """What no graph holds: state that is asked for or set while the forward runs."""
+
+    def refuse(*args: Any, **kwargs: Any) -> Any:
+        caller = sys._getframe(1).f_code.co_filename
+        if tracer.concrete or "/torch/" in caller or "/apot_fx/" in caller:
+            return function(*args, **kwargs)
+        raise Untraceable(what)
+
+    return refuse
+
+
+def _swapping(tracer: ApotTracer, swap: Callable[..., Any]) -> Callable[..., Any]:
     """``functional_call`` puts other tensors into a module while it is called."""
 
     def refuse(*args: Any, **kwargs: Any) -> Any:

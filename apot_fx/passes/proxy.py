@@ -20,7 +20,15 @@ from torch import fx
 
 from ..errors import TraceError
 from ..graph import METADATA_METHODS, called_name
-from .guards import check_fact, check_given, check_keys, check_length, check_member
+from .guards import (
+    check_fact,
+    check_given,
+    check_keys,
+    check_kind,
+    check_length,
+    check_member,
+    kind_of,
+)
 from .mutation import AUGMENTED
 
 if TYPE_CHECKING:
@@ -322,8 +330,17 @@ def value_isinstance(value: object, kinds: Any) -> bool:
     """``isinstance`` for users' code while it is traced: asked of the example's value."""
     if is_proxy(value):
         found = value.value  # type: ignore[attr-defined]
-        value = value if found is UNKNOWN else found
+        if found is not UNKNOWN:
+            _guard_kind(value, found)
+            value = found
     return isinstance(value, kinds)
+
+
+def _guard_kind(proxy: Any, value: object) -> None:
+    """Let each call's argument be of the kind that was asked for."""
+    asked = any(user.target is check_kind for user in proxy.node.users)
+    if proxy.tracer.is_given(proxy.node) and not asked:
+        proxy.tracer.guard(check_kind, proxy, kind_of(value), proxy.node.name)
 
 
 def admitting_isinstance(value: object, kinds: Any) -> bool:

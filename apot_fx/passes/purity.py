@@ -37,7 +37,8 @@ class Attributes:
             for name, m in model.named_modules()
             if not isinstance(m, torch.jit.ScriptModule)
         ]
-        self._buffers = [(b, b.detach().clone()) for b in _users_buffers(model)]
+        self._tensors = [(b, b.detach().clone()) for b in _users_tensors(model)]
+        self._versions = [(name, p, p._version) for name, p in model.named_parameters()]
 
     def changed(self) -> dict[str, str]:
         """Modules whose attributes are others than before, and one attribute of each."""
@@ -46,6 +47,10 @@ class Attributes:
             for name, module, before in self._before
             if (key := _difference(before, _state(module)))
         }
+
+    def written(self) -> str:
+        """A parameter that was written into, or ""; writes through ``.data`` do not show."""
+        return next((name for name, p, version in self._versions if p._version != version), "")
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -63,9 +68,38 @@ class Attributes:
                 elif isinstance(value, set):
                     value.clear()
                     value |= members
-        for buffer, value in self._buffers:
-            if buffer.shape == value.shape and not torch.equal(buffer, value):
-                buffer.copy_(value)
+        for tensor, value in self._tensors:
+            if tensor.shape == value.shape and not torch.equal(tensor, value):
+                tensor.copy_(value)
+        for _, parameter, version in self._versions:
+            if parameter._version != version and id(parameter) in _originals:
+                parameter.copy_(_originals[id(parameter)])
+
+
+_originals: dict[int, torch.Tensor] = {}
+
+
+@contextmanager
+def restored_from(model: nn.Module, original: nn.Module) -> Iterator[None]:
+    """While open, parameters that a copy's forward writes are put back from its original's."""
+    pairs = list(zip(model.parameters(), original.parameters(), strict=True))
+    _originals.update({id(mine): theirs.detach() for mine, theirs in pairs})
+    try:
+        yield
+    finally:
+        for mine, _ in pairs:
+            _originals.pop(id(mine), None)
+
+
+@torch.no_grad()
+def put_back(parameters: Iterable[nn.Parameter], original: nn.Module) -> bool:
+    """Put every parameter of a model's copy back; whether one had been written into."""
+    written = False
+    for mine, theirs in zip(parameters, original.parameters(), strict=True):
+        if _is_plain(mine) and not torch.equal(mine, theirs):
+            mine.copy_(theirs)
+            written = True
+    return written
 
 
 @contextmanager
@@ -114,11 +148,29 @@ def _same_members(mine: Any, theirs: Any) -> bool:
     return bool(mine == theirs) if isinstance(mine, set) else True
 
 
-def _users_buffers(model: nn.Module) -> Iterator[torch.Tensor]:
-    """Every buffer that a forward of a user's may write: packed weights and scales are ours."""
+def _users_tensors(model: nn.Module) -> Iterator[torch.Tensor]:
+    """Buffers and tensors in attributes, into which a forward of a user's may write.
+
+    Packed weights and scales are ours.
+    """
     for module in model.modules():
         if not type(module).__module__.startswith(_OURS):
-            yield from (b for b in module._buffers.values() if b is not None)
+            for key, value in module.__dict__.items():
+                registered = key in _REGISTRIES and key != "_buffers"
+                yield from () if registered else filter(_is_plain, _held(value))
+
+
+def _held(value: Any) -> Iterable[Any]:
+    """An attribute's value, or the members of a container."""
+    if isinstance(value, dict):
+        return value.values()
+    return value if isinstance(value, (list, tuple)) else (value,)
+
+
+def _is_plain(value: object) -> bool:
+    """Whether something is a tensor that can be compared and copied into."""
+    plain = isinstance(value, torch.Tensor) and value.layout is torch.strided
+    return plain and not (value.is_nested or value.is_meta)  # type: ignore[attr-defined]
 
 
 def random_state() -> Any:

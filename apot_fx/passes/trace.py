@@ -67,7 +67,10 @@ def trace(
         kept = {name: model._modules.pop(name) for name in tracer.opaque}
         constants = _take_constants(model)
         changed = {n: k for n, k in before.changed().items() if n not in attempts.modules}
+        written = before.written()
         before.restore()
+        if written:
+            raise TraceError(f"{type(model).__name__} can't be traced: it writes into {written}")
         if changed:
             _settle_changed(model, attempts, changed)
             continue
@@ -145,6 +148,7 @@ def _as_stage(
     attempts: Attempts,
     branches: Iterable[tuple[str, str]],
 ) -> StageModule:
+    _guards_first(graph)
     for number, node in enumerate(graph.nodes):
         settle_training_flags(node)
         reason = attempts.modules.get(str(node.target), "") if node.op == "call_module" else ""
@@ -169,6 +173,16 @@ def _as_stage(
         report.leave(line, f"`if self.training` decided once, as in {mode}")
     stage.apot.reports.append(report)
     return stage
+
+
+def _guards_first(graph: fx.Graph) -> None:
+    """Guards of arguments stand before all else: other calls would fail otherwise than they do."""
+    place = [node for node in graph.nodes if node.op == "placeholder"]
+    for node in graph.nodes:
+        guards = node.op == "call_function" and node.meta.get("keep") and node.all_input_nodes
+        if guards and all(source.op == "placeholder" for source in node.all_input_nodes):
+            place[-1].append(node)
+            place.append(node)
 
 
 def _kind(value: Any) -> str:

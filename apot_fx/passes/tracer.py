@@ -103,6 +103,8 @@ class ApotTracer(fx.Tracer):
     ) -> fx.Proxy:
         if kind.startswith("call"):
             self._check_region()
+        if isinstance(target, torch._ops.OpOverloadPacket) and len(target.overloads()) == 1:
+            target = getattr(target, target.overloads()[0])  # whose schema says what it writes
         if target in CONVOLUTIONS:
             args, kwargs = self._with_settled_geometry(args, kwargs)
         made = super().create_proxy(kind, target, args, kwargs, *rest, **more)

@@ -49,6 +49,11 @@ def calibrate(
             count, work = _run(prepared, in_step(shown, device), forward)
             if not count:
                 raise CalibrationError("calibration got no batch; pass at least one")
+            if quants and not any(quant.seen for quant in quants):
+                raise CalibrationError(
+                    f"no quantizer saw a finite value in {count} batches: they are empty or hold "
+                    "NaN and inf alone, or no quantized layer is reached; pass real inputs"
+                )
             for quant in quants:
                 if quant.seen:
                     quant.freeze()

@@ -15,12 +15,11 @@ from torch import nn
 
 from ..errors import GuardError, TraceError
 from ..graph import called_module, module_calls
-from ..nn import Expanded, is_standalone_type
-from ..passes import run_passes, trace
+from ..nn import RECURRENT, Expanded, is_standalone_type
+from ..passes import capture_passes, run_passes, trace
 from ..passes.annotate import OuterLayers, has_weights
 from ..passes.example import Call
 from ..passes.exported import taken_over
-from ..passes.functionalize import Functionalize
 from ..passes.opaque_call import OpaqueCall
 from ..passes.stage import StageModule
 from ..passes.tree import joined
@@ -75,6 +74,9 @@ class _Search:
         if path in self.read:
             self.found.read[path] = f"its weight is read at {self.read[path]} without calling it"
             return
+        if not path and isinstance(module, tuple(RECURRENT)):
+            self.found.opaque[path] = "it is the model itself; prepare nn.Sequential(model) instead"
+            return
         if is_standalone_type(type(module)) and path and "forward" not in module.__dict__:
             self.found.layers[path] = module
             return
@@ -120,7 +122,10 @@ class _Search:
         """How a module calls what is below it, by relative path; None without an example."""
         if calls is None:
             return None
-        inside, reads = calls_inside(module, calls)
+        try:
+            inside, reads = calls_inside(module, calls)
+        except Exception:  # torch's own tracers (cond, flex_attention) refuse to be watched
+            return None
         self.read.update({joined(path, name): line for name, line in reads.items()})
         return inside
 
@@ -182,7 +187,7 @@ def _verified(
     traced = taken_over(module)
     if traced is None:
         traced = trace(module, example, (), refused, settles_sizes=not path, admits=admits)
-    stage = run_passes(traced, [Functionalize()])
+    stage = run_passes(traced, capture_passes())
     if calls is not None:
         check_bits(stage, module, calls)
     elif path and not isinstance(module, Expanded) and _has_guards(stage):

@@ -17,7 +17,7 @@ from ..errors import (
     did_you_mean,
 )
 from ..fake_quant import EXACT_UNIT, OBSERVING, FakeQuantize
-from ..graph import called_module, copy_of, module_aliases, set_submodule
+from ..graph import called_module, copy_of, substitute
 from ..nn import (
     PreparedLayer,
     PreparedOp,
@@ -87,7 +87,7 @@ def _release(model: nn.Module, ops: list[PreparedOp]) -> None:
 
 
 def _convert_standalone(model: nn.Module, low_memory: bool, shared: frozenset[int]) -> None:
-    aliases = module_aliases(model)
+    made: dict[int, nn.Module] = {}
     for layer in standalone(model).values():
         assert isinstance(layer, PreparedOp)
         converted: nn.Module
@@ -98,8 +98,8 @@ def _convert_standalone(model: nn.Module, low_memory: bool, shared: frozenset[in
             if id(layer._parameters) not in shared:
                 layer.release()
         keep_children(layer, converted)
-        for alias in aliases[id(layer)]:
-            set_submodule(model, alias, converted)
+        made[id(layer)] = converted
+    substitute([model], made)
 
 
 def check_convertible(prepared: nn.Module, verb: str) -> None:

@@ -15,7 +15,7 @@ from ..nn import expand_attention, prepare_standalone, restore_attention
 from ..passes import prepare_passes, run_passes
 from ..passes.annotate import describe_config, resolve
 from ..passes.example import Call
-from ..passes.purity import Attributes
+from ..passes.purity import Attributes, put_back, restored_from
 from ..passes.report import PassReport
 from ..passes.stage import StageInfo, StageModule, keep_quantizers
 from ..passes.tied import Groups, settle
@@ -41,12 +41,17 @@ def prepare(
     model = require_float(take_in(model, call, inplace))
     if inplace:
         return _prepare_inplace(model, mapping, call)
-    if call is None:
-        return _prepare(copy_of(model), mapping, None, True)
-    call = _checked(model, call)
     for in_graphs in (True, False):
-        prepared = _prepare(copy_of(model), mapping, call, in_graphs)
-        if _same_in_float(prepared, model, call):
+        copy = copy_of(model)
+        parameters = list(copy.parameters())
+        with restored_from(copy, model):
+            own = None if call is None else _checked(copy, call)
+            put_back(parameters, model)
+            prepared = _prepare(copy, mapping, own, in_graphs)
+            written = put_back(parameters, model)  # through .data: then no graph can be trusted
+            same = own is None or _same_in_float(prepared, model, own)
+            put_back(parameters, model)
+        if same and not (written and in_graphs):
             return prepared
     raise TraceError(
         f"{type(model).__name__} prepared with every quantizer off gives other bits than the "
@@ -83,7 +88,7 @@ def _same_in_float(prepared: nn.Module, model: nn.Module, call: Call) -> bool:
     same = False
     with in_float(prepared), suppress(Exception):  # its code may mind what it finds inside
         same = same_bits(call.outputs, outputs(prepared, call))
-    return same or not same_bits(call.outputs, outputs(model, call))
+    return same or not same_bits(call.outputs, outputs(copy_of(model), call))
 
 
 def _prepare(

@@ -34,7 +34,6 @@ _COLUMNS = ("name", "op", "form", "weight", "input", "why")
 
 #: What a user can do about a reason, by how the reason begins.
 _REMEDIES = {
-    "untraceable at": "pass example_inputs, or rewrite that line",
     "the config leaves": "name it with set_module_name",
     "never called": "the example or config may leave it out",
 }
@@ -59,7 +58,7 @@ def explain(model: nn.Module, node: str | None = None) -> Table:
             kind = type(modules[path]).__name__ if path else known.origin.__name__
             rows.append(_cells(path or "(root)", kind, "float", why=_with_remedy(why)))
     if node is not None:
-        rows = _only(rows, node)
+        rows = _only(rows, str(node))
     title = f"{known.origin.__name__}: {known.kind}"
     return Table(_COLUMNS, rows, title=title, notes=coverage_notes(model))
 

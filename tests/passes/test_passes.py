@@ -14,7 +14,7 @@ import apot_fx
 from apot_fx import ActivationSpec, QConfig, QConfigMapping, WeightSpec
 from apot_fx.errors import GrammarError, TraceError
 from apot_fx.nn import ConvertedOp, PreparedAdd, PreparedPool, Quantize
-from apot_fx.passes import prepare_passes, run_passes
+from apot_fx.passes import capture_passes, prepare_passes, run_passes
 from apot_fx.passes.annotate import Annotate, plan_of
 from apot_fx.passes.edges import index_edges
 from apot_fx.passes.fold import FoldBatchNorm
@@ -324,7 +324,7 @@ def test_dropout_is_passed_only_without_other_readers() -> None:
 
 def test_grammar_can_fail() -> None:
     stage = trace(seeded(Branches))
-    run_passes(stage, prepare_passes(UNIFORM))
+    run_passes(stage, (*capture_passes(), *prepare_passes(UNIFORM)))
     node = next(n for n in stage.graph.nodes if n.target == "join")
     node.args = (node.args[0].args[0][0], *node.args[1:])
     other = next(n for n in stage.graph.nodes if n.op == "placeholder")

@@ -1,0 +1,231 @@
+"""Who computes: the compiled kernels where they can, the reference elsewhere; the same bits.
+
+The compiled kernels take float32, bfloat16 and float16 on the CPU, with α in float32, and sets of
+up to 256 levels where indices go in or out.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from typing import Any
+
+import torch
+
+from ..levels import LevelSet
+from . import native, reference
+from .layout import Layout, layout_of
+
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_SHIFT, _BYTES, _TABLE = 0, 1, 2
+_LIBRARY = native.loaded()
+_FLOAT = torch.empty(0)
+
+
+_TABLES = (
+    "levels indices by_index level_bytes index_bytes index_levels level_line index_line"
+).split()
+
+
+class _Set(ctypes.Structure):
+    """``apot_set`` of ``apot.h``."""
+
+    _fields_ = (
+        *((name, ctypes.c_int32) for name in "low high unit look count reserved".split()),
+        *((name, ctypes.c_void_p) for name in _TABLES),
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _tables(spec: str) -> tuple[int, _Set, list[torch.Tensor]] | None:
+    """Where a level set's tables are, and what keeps them alive; None where they'd be too large."""
+    levels = LevelSet.parse(spec)
+    if levels.unit > reference.TABLE_UNIT:
+        return None
+    cpu = torch.device("cpu")
+    by_half = reference.half_unit_levels(spec, cpu, torch.float32).clone()
+    indices = reference.index_table(spec, cpu).to(torch.int32)
+    by_index = torch.zeros(256)
+    some = torch.tensor(levels.levels[:256], dtype=torch.float32)
+    by_index[: len(some)] = some
+    look = _TABLE
+    kinds = (torch.int8, torch.uint8, torch.int8, torch.int8, torch.uint8)
+    small = [torch.zeros(256, dtype=kind) for kind in kinds]
+    if list(levels.levels) == list(range(levels.q_min, levels.q_max + 1)):
+        look = _SHIFT
+    elif 2 * levels.q_min >= -128 and 2 * levels.q_max < 128:
+        look = _BYTES
+        half = torch.arange(2 * levels.q_min, 2 * levels.q_max + 1)
+        place = half % (128 if len(half) <= 128 else 256)
+        small[0][place], small[1][place] = by_half.to(torch.int8), indices.to(torch.uint8)
+        small[2][: len(some)] = some.to(torch.int8)
+        small[3][: len(half)], small[4][: len(half)] = by_half.to(torch.int8), indices
+    tables = [by_half, indices, by_index, *small]
+    made = _Set(
+        2 * levels.q_min,
+        2 * levels.q_max,
+        levels.unit,
+        look,
+        len(levels),
+        0,
+        *(table.data_ptr() for table in tables),
+    )
+    return ctypes.addressof(made), made, tables
+
+
+@functools.lru_cache(maxsize=256)
+def _set_address(spec: str, indices: bool) -> int:
+    """Where the compiled kernels find a set; 0 where they can't take it."""
+    found = _tables(spec)
+    if found is None or (indices and len(LevelSet.parse(spec)) > 256):
+        return 0
+    return found[0]
+
+
+class _Rows:
+    """A tensor as the kernels take it: dense, in an order in which α runs simply."""
+
+    def __init__(self, x: torch.Tensor, axis: int | None, group_size: int | None) -> None:
+        self.like = x
+        self.axis = axis if group_size is not None else None  # rows by group are copied
+        if group_size is None:
+            layout = layout_of(x, axis)
+            if layout is None:
+                x = torch.empty_like(x).copy_(x)
+                layout = layout_of(x, axis)
+                assert layout is not None
+        else:
+            assert axis is not None
+            rows = x.movedim(axis, 0)
+            x = rows if rows.is_contiguous() else rows.contiguous()
+            row = x.numel() // max(1, len(x))
+            groups = -(-row // group_size)
+            layout = Layout(1, len(x) * groups, group_size, row)
+        self.x, self.layout = x, layout
+
+    def matching(self, other: torch.Tensor) -> torch.Tensor:
+        """Another tensor of the shape of ``like``, laid out as ``x`` is."""
+        if self.axis is not None:
+            other = other.movedim(self.axis, 0)
+        same = other.stride() == self.x.stride()
+        return other if same else torch.empty_like(self.x, dtype=other.dtype).copy_(other)
+
+    def empty(self, dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty_like(self.x, dtype=dtype)
+
+    def restored(self, out: torch.Tensor) -> torch.Tensor:
+        """A result, laid out as ``empty_like(like)`` is."""
+        if self.axis is None:
+            return out
+        wanted = torch.empty_like(self.like, dtype=out.dtype)
+        moved = out.movedim(0, self.axis)
+        return moved if moved.stride() == wanted.stride() else wanted.copy_(moved)
+
+
+def _takes(x: torch.Tensor, alpha: torch.Tensor) -> bool:
+    plain = x.is_cpu and x.dtype in _DTYPES and x.layout is torch.strided
+    return plain and alpha.dtype is torch.float32 and alpha.is_cpu
+
+
+def _run(name: str, *args: Any) -> None:
+    assert _LIBRARY is not None
+    if not getattr(_LIBRARY.library, name)(*args, _LIBRARY.threads()):
+        raise MemoryError(f"apot_fx: {name} found no memory for its tables")
+
+
+def fake_quantize(
+    x: torch.Tensor,
+    alpha: torch.Tensor,
+    spec: str,
+    axis: int | None = None,
+    group_size: int | None = None,
+    grad: str = "ste",
+    nan_to_zero: bool = False,
+) -> torch.Tensor:
+    """As :func:`reference.fake_quantize`."""
+    address = _set_address(spec, False) if _LIBRARY is not None and _takes(x, alpha) else 0
+    if not address:
+        return reference.fake_quantize(x, alpha, spec, axis, group_size, grad, nan_to_zero)
+    dtype = torch.float32 if nan_to_zero else x.dtype
+    kinds = (_DTYPES[x.dtype], _DTYPES[dtype], nan_to_zero)
+    clip = alpha.contiguous()
+    if axis is None and x.is_contiguous():
+        out = torch.empty_like(x, dtype=dtype)
+        at = (x.data_ptr(), out.data_ptr(), clip.data_ptr(), address)
+        _run("apot_fake_quantize", *at, 1, 1, x.numel(), 0, *kinds)
+        return out
+    rows = _Rows(x, axis, group_size)
+    out = rows.empty(dtype)
+    at = (rows.x.data_ptr(), out.data_ptr(), clip.data_ptr(), address)
+    _run("apot_fake_quantize", *at, *rows.layout, *kinds)
+    return rows.restored(out)
+
+
+def fake_quantize_backward(
+    grad: torch.Tensor,
+    x: torch.Tensor,
+    alpha: torch.Tensor,
+    spec: str,
+    axis: int | None,
+    group_size: int | None,
+    mode: str,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As :func:`reference.fake_quantize_backward`."""
+    fits = _LIBRARY is not None and _takes(x, alpha) and grad.dtype is x.dtype and grad.is_cpu
+    address = _set_address(spec, False) if fits else 0
+    if not address:
+        return reference.fake_quantize_backward(grad, x, alpha, spec, axis, group_size, mode)
+    rows = _Rows(x, axis, group_size)
+    given = rows.matching(grad)
+    dx, clip = rows.empty(x.dtype), alpha.contiguous()
+    dalpha = torch.empty_like(clip) if mode == "rcf" else torch.zeros_like(clip)
+    at = (rows.x.data_ptr(), given.data_ptr(), dx.data_ptr(), clip.data_ptr())
+    place = dalpha.data_ptr() if mode == "rcf" else None
+    _run("apot_backward", *at, place, address, *rows.layout, _DTYPES[x.dtype])
+    return rows.restored(dx), dalpha
+
+
+def quantize(
+    x: torch.Tensor,
+    alpha: torch.Tensor,
+    spec: str,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> torch.Tensor:
+    """As :func:`reference.quantize`."""
+    address = _set_address(spec, True) if _LIBRARY is not None and _takes(x, alpha) else 0
+    if not address:
+        return reference.quantize(x, alpha, spec, axis, group_size)
+    rows, clip = _Rows(x, axis, group_size), alpha.contiguous()
+    out = rows.empty(torch.uint8)
+    at = (rows.x.data_ptr(), out.data_ptr(), clip.data_ptr(), address)
+    _run("apot_quantize", *at, *rows.layout, _DTYPES[x.dtype])
+    return rows.restored(out)
+
+
+def dequantize(
+    index: torch.Tensor,
+    alpha: torch.Tensor,
+    spec: str,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> torch.Tensor:
+    """As :func:`reference.dequantize`."""
+    fits = index.is_cpu and index.dtype is torch.uint8 and alpha.dtype is torch.float32
+    address = _set_address(spec, True) if _LIBRARY is not None and fits and alpha.is_cpu else 0
+    if not address:
+        return reference.dequantize(index, alpha, spec, axis, group_size)
+    rows, clip = _Rows(index, axis, group_size), alpha.contiguous()
+    out = rows.empty(torch.float32)
+    at = (rows.x.data_ptr(), out.data_ptr(), clip.data_ptr(), address)
+    _run("apot_dequantize", *at, *rows.layout)
+    return rows.restored(out)
+
+
+def ends(x: torch.Tensor) -> torch.Tensor:
+    """As :func:`reference.ends` of ``x.flatten()``."""
+    if _LIBRARY is None or not _takes(x, _FLOAT) or layout_of(x, None) is None:
+        return reference.ends(x.flatten())
+    out = torch.empty(2)
+    _run("apot_ends", x.data_ptr(), x.numel(), _DTYPES[x.dtype], out.data_ptr())
+    return out

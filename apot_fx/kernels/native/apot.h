@@ -1,0 +1,71 @@
+/* What the kernels share: a level set's tables, one span of values, and the kernels of one ISA. */
+#ifndef APOT_H
+#define APOT_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(_WIN32)
+#define APOT_PUBLIC __declspec(dllexport)
+#else
+#define APOT_PUBLIC __attribute__((visibility("default")))
+#endif
+
+enum { APOT_F32, APOT_BF16, APOT_F16, APOT_DTYPES };
+
+/* How a half-unit becomes a level: SHIFT where levels are consecutive integers, BYTES where half-units
+ * and levels fit signed bytes, else TABLE. */
+enum { APOT_SHIFT, APOT_BYTES, APOT_TABLE, APOT_LOOKS };
+
+/* Tables of one level set, filled by Python. `levels` and `indices` start at half-unit 2·q_min. */
+typedef struct {
+  int32_t low, high; /* 2·q_min and 2·q_max */
+  int32_t unit;
+  int32_t look;
+  int32_t count; /* levels */
+  int32_t reserved;
+  const float *levels;        /* level of every half-unit */
+  const int32_t *indices;     /* index of every half-unit */
+  const float *by_index;      /* level of every index, 256 of them */
+  const int8_t *level_bytes;  /* BYTES: level of every half-unit, at its byte modulo 256 (or 128) */
+  const uint8_t *index_bytes; /* BYTES: its index, likewise */
+  const int8_t *index_levels; /* BYTES: as `by_index`, 256 of them */
+  const int8_t *level_line;   /* BYTES: as `levels`, 256 of them */
+  const uint8_t *index_line;  /* BYTES: as `indices`, 256 of them */
+} apot_set;
+
+/* Contiguous values that share one α, or (varies) have one each. */
+typedef struct {
+  const void *x;
+  const void *grad;
+  void *out;
+  int64_t count;
+  const float *scale; /* fl(2M/α) */
+  const float *step;  /* fl(α/M) */
+  const float *alpha;
+  const apot_set *set;
+  int in, to; /* dtypes */
+  int varies;
+  int nan_to_zero;
+  int careful; /* some α is NaN */
+  double *total; /* gradient of α: one sum, or (varies) one to add to for each value */
+  float *ends;   /* smallest and largest finite value */
+} apot_span;
+
+typedef struct {
+  const char *name;
+  void (*fake_quantize)(const apot_span *);
+  void (*quantize)(const apot_span *);
+  void (*dequantize)(const apot_span *);
+  void (*backward)(const apot_span *);
+  void (*ends)(const apot_span *);
+} apot_kernels;
+
+/* Values whose gradient for α is summed in one go; spans of `backward` are no longer. */
+#define APOT_BLOCK 4096
+/* Sums run in this many lanes, whatever the width of the machine's vectors. */
+#define APOT_LANES 32
+
+#define APOT_INLINE static inline __attribute__((always_inline))
+
+#endif

@@ -1,0 +1,10 @@
+/* NEON, which every 64-bit ARM has. */
+#include "apot.h"
+
+#if defined(__aarch64__)
+#include "vector_neon.h"
+
+#include "body.h"
+
+const apot_kernels apot_neon = {"neon", fake_quantize, quantize, dequantize, backward, ends};
+#endif

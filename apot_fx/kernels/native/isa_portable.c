@@ -1,0 +1,8 @@
+/* Plain C, for any machine. */
+#include "apot.h"
+#include "vector_portable.h"
+
+#include "body.h"
+
+const apot_kernels apot_portable = {"portable", fake_quantize, quantize,
+                                    dequantize, backward,      ends};
