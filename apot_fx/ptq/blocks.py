@@ -1,10 +1,9 @@
 """Blocks of a graph: stretches that one value alone enters and one alone leaves.
 
-*Moving* values depend on a layer that is learned, or are what the first one reads. A place where a single moving value is alive is a
-cut; what lies between two cuts (a residual block, parallel branches, one layer with its relu) has
-one result, so that its float result is a target for all the layers in it. Values that do not move
-(a mask, say) may come in anywhere.
-"""
+*Moving* values depend on a layer that is learned, or are what the first one reads. A place where a
+single moving value is alive is a cut; what lies between two cuts (a residual block, parallel
+branches, one layer with its relu) has one result, so that its float result is a target for all the
+layers in it. Values that do not move (a mask, say) may come in anywhere."""
 
 from __future__ import annotations
 

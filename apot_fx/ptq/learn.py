@@ -62,8 +62,8 @@ def learn(
     """Which elements of a unit's weights go up, by the weight's name; bool, as rows. May be empty.
 
     ``nearest``: the unit's error with nearest levels, the unit of its loss, which so hangs on no
-    bits and no scale. ``number``: of the unit, part of its seed. ``progress`` is told of every step, now and then with
-    the loss.
+    bits and no scale. ``number``: of the unit, part of its seed. ``progress`` is told of every
+    step, now and then with the loss.
     """
     generator = torch.Generator().manual_seed((settings.seed << 20) + number)
     with softened(weights) as soft, torch.enable_grad():

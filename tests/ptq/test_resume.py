@@ -117,12 +117,12 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     before = copy.deepcopy(prepared.state_dict())
     with pytest.raises(StateError, match=r"one\.pt was made with other options.*'steps': 40"):
         adaround(prepared, batches, steps=41, checkpoint=file)
-    with pytest.raises(StateError, match="other batches.*no shuffling"):
+    with pytest.raises(StateError, match=r"other batches.*no shuffling"):
         adaround(prepared, batches[::-1], **OPTIONS, checkpoint=file)
     other = copy.deepcopy(prepared)
     with torch.no_grad():
         other.get_submodule("0.weight_fake_quant").alpha[0] *= 2
-    with pytest.raises(StateError, match="other weights, alphas or statistics"):
+    with pytest.raises(StateError, match=r"other weights, alphas or statistics"):
         adaround(other, batches, **OPTIONS, checkpoint=file)
     file.write_bytes(b"no checkpoint")
     with pytest.raises(StateError, match=r"one\.pt is no checkpoint of adaround"):
