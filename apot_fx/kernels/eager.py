@@ -26,7 +26,7 @@ def fake_quantize(
     nan_to_zero: bool = False,
 ) -> torch.Tensor:
     """``torch.ops.apot_fx.fake_quantize`` by the shortest way; unchecked, as the operator is."""
-    if type(x) not in _PLAIN or type(alpha) not in _PLAIN or x.is_neg() or _watched():
+    if type(x) not in _PLAIN or type(alpha) not in _PLAIN or _watched(x):
         made: torch.Tensor = torch.ops.apot_fx.fake_quantize(
             x, alpha, spec, axis, group_size, grad, nan_to_zero
         )
@@ -38,14 +38,18 @@ def fake_quantize(
     return dispatch.fake_quantize(*arguments)
 
 
-def _watched() -> bool:
-    """Whether something other than plain eager autograd is to see the call."""
+def _watched(x: torch.Tensor) -> bool:
+    """Whether something other than plain eager autograd is to see the call.
+
+    The first question comes first: a compiler follows none of the others.
+    """
     return (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._len_torch_function_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
+        or x.is_neg()
     )
 
 
