@@ -9,7 +9,16 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+import torch.nn.functional as functional
 from torch import fx, nn
+
+#: torch's convolutions as functions, and how many axes their kernels run along.
+CONVOLUTIONS = {functional.conv1d: 1, functional.conv2d: 2, functional.conv3d: 3}
+TRANSPOSED_CONVOLUTIONS = {
+    functional.conv_transpose1d: 1,
+    functional.conv_transpose2d: 2,
+    functional.conv_transpose3d: 3,
+}
 
 #: ``node.meta`` key: the kind of value seen while tracing, as :func:`value_kind` names it.
 KIND = "apot_kind"
@@ -154,16 +163,13 @@ def substitute(owners: Iterable[nn.Module], new: Mapping[int, nn.Module]) -> Non
     plain lists, tuples and dicts of modules that hold them."""
     for owner in owners:
         for module in list(owner.modules()):
-            for name, child in module._modules.items():
-                if id(child) in new:
-                    module._modules[name] = new[id(child)]
-            for key, value in module.__dict__.items():
+            for key, value in module.__dict__.items():  # _modules among them
                 if any(id(part) in new for part in _parts(value)):
                     module.__dict__[key] = _with_others(value, new)
 
 
 def _parts(value: Any) -> Iterable[Any]:
-    if type(value) is dict:
+    if isinstance(value, dict):
         return value.values()
     return value if type(value) in (list, tuple) else ()
 

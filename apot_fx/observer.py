@@ -10,13 +10,13 @@ from __future__ import annotations
 import abc
 
 import torch
-import torch.nn.functional as functional
 from torch import nn
 
 from .collectives import largest_of_ranks, sum_of_ranks
 from .config import ACTIVATION_OBSERVERS, check_choice
 from .errors import CalibrationError, TensorError
 from .kernels import ALPHA_MAX, ALPHA_MIN, reference
+from .kernels.layout import rows_of
 from .levels import LevelSet
 
 #: Histogram: bins per octave (a power of two), and octaves from 2^-40 to 2^40.
@@ -24,21 +24,6 @@ _SUB_BITS = 5
 _OCTAVES = 80
 _BINS = _OCTAVES << _SUB_BITS
 _FIRST = (127 - 40) << _SUB_BITS
-
-
-def rows_of(x: torch.Tensor, axis: int | None, group_size: int | None) -> torch.Tensor:
-    """One row of values per α, float32; short groups are filled up with zeros."""
-    return _rows(x.detach().float(), axis, group_size)
-
-
-def _rows(x: torch.Tensor, axis: int | None, group_size: int | None) -> torch.Tensor:
-    if axis is None:
-        return x.reshape(1, -1)
-    rows = x.movedim(axis, 0)
-    rows = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
-    if group_size is None:
-        return rows
-    return functional.pad(rows, (0, -rows.shape[1] % group_size)).reshape(-1, group_size)
 
 
 def covering_alpha(low: torch.Tensor, high: torch.Tensor, level_set: LevelSet) -> torch.Tensor:
@@ -109,7 +94,7 @@ class Observer(nn.Module, abc.ABC):
         return -ends[0], ends[1]
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
-        return rows_of(x, self.axis, self.group_size)
+        return rows_of(x.float(), self.axis, self.group_size)
 
     def _widen(self, low: torch.Tensor, high: torch.Tensor) -> None:
         self.low.copy_(torch.minimum(self.low, low.reshape(self.low.shape)))
@@ -334,7 +319,7 @@ def weight_alpha(
     """
     if weight.numel() and not bool(torch.stack(weight.aminmax()).isfinite().all()):
         raise TensorError(f"{name} holds NaN or inf; repair or reload it before quantizing")
-    rows = _rows(weight, axis, group_size)  # widened in parts: a bf16 weight would take thrice
+    rows = rows_of(weight, axis, group_size)  # widened in parts: a bf16 weight would take thrice
     if not rows.shape[1]:
         rows = rows.new_zeros(len(rows), 1)
     largest = covering_alpha(rows.amin(1).float(), rows.amax(1).float(), level_set)

@@ -14,7 +14,7 @@ import torch
 
 from ..levels import LevelSet
 from . import native, reference
-from .layout import Layout, layout_of
+from .layout import Layout, dense, layout_of
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SHIFT, _BYTES, _TABLE = 0, 1, 2
@@ -31,7 +31,7 @@ class _Set(ctypes.Structure):
     """``apot_set`` of ``apot.h``."""
 
     _fields_ = (
-        *((name, ctypes.c_int32) for name in "low high unit look count reserved".split()),
+        *((name, ctypes.c_int32) for name in "low high unit look count".split()),
         *((name, ctypes.c_void_p) for name in _TABLES),
     )
 
@@ -67,7 +67,6 @@ def _tables(spec: str) -> tuple[int, _Set, list[torch.Tensor]] | None:
         levels.unit,
         look,
         len(levels),
-        0,
         *(table.data_ptr() for table in tables),
     )
     return ctypes.addressof(made), made, tables
@@ -89,11 +88,7 @@ class _Rows:
         self.like = x
         self.axis = axis if group_size is not None else None  # rows by group are copied
         if group_size is None:
-            layout = layout_of(x, axis)
-            if layout is None:
-                x = torch.empty_like(x).copy_(x)
-                layout = layout_of(x, axis)
-                assert layout is not None
+            x, layout = dense(x, axis)
         else:
             assert axis is not None
             rows = x.movedim(axis, 0)
@@ -127,6 +122,28 @@ def _takes(x: torch.Tensor, alpha: torch.Tensor) -> bool:
     return plain and alpha.dtype is torch.float32 and alpha.is_cpu
 
 
+def _address(x: torch.Tensor, alpha: torch.Tensor, spec: str, indices: bool) -> int:
+    """Where the set's tables are for the compiled kernels; 0 where they don't take the call."""
+    return _set_address(spec, indices) if _LIBRARY is not None and _takes(x, alpha) else 0
+
+
+def _forward(
+    name: str,
+    x: torch.Tensor,
+    alpha: torch.Tensor,
+    address: int,
+    where: tuple[int | None, int | None],
+    dtype: torch.dtype,
+    *kinds: int,
+) -> torch.Tensor:
+    """A kernel that gives a value for every value."""
+    rows, clip = _Rows(x, *where), alpha.contiguous()
+    out = rows.empty(dtype)
+    at = (rows.x.data_ptr(), out.data_ptr(), clip.data_ptr(), address)
+    _run(name, *at, *rows.layout, *kinds)
+    return rows.restored(out)
+
+
 def _run(name: str, *args: Any) -> None:
     assert _LIBRARY is not None
     if not getattr(_LIBRARY.library, name)(*args, _LIBRARY.threads()):
@@ -143,22 +160,12 @@ def fake_quantize(
     nan_to_zero: bool = False,
 ) -> torch.Tensor:
     """As :func:`reference.fake_quantize`."""
-    address = _set_address(spec, False) if _LIBRARY is not None and _takes(x, alpha) else 0
+    address = _address(x, alpha, spec, indices=False)
     if not address:
         return reference.fake_quantize(x, alpha, spec, axis, group_size, grad, nan_to_zero)
     dtype = torch.float32 if nan_to_zero else x.dtype
     kinds = (_DTYPES[x.dtype], _DTYPES[dtype], nan_to_zero)
-    clip = alpha.contiguous()
-    if axis is None and x.is_contiguous():
-        out = torch.empty_like(x, dtype=dtype)
-        at = (x.data_ptr(), out.data_ptr(), clip.data_ptr(), address)
-        _run("apot_fake_quantize", *at, 1, 1, x.numel(), 0, *kinds)
-        return out
-    rows = _Rows(x, axis, group_size)
-    out = rows.empty(dtype)
-    at = (rows.x.data_ptr(), out.data_ptr(), clip.data_ptr(), address)
-    _run("apot_fake_quantize", *at, *rows.layout, *kinds)
-    return rows.restored(out)
+    return _forward("apot_fake_quantize", x, alpha, address, (axis, group_size), dtype, *kinds)
 
 
 def fake_quantize_backward(
@@ -171,9 +178,8 @@ def fake_quantize_backward(
     mode: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`reference.fake_quantize_backward`."""
-    fits = _LIBRARY is not None and _takes(x, alpha) and grad.dtype is x.dtype and grad.is_cpu
-    address = _set_address(spec, False) if fits else 0
-    if not address:
+    address = _address(x, alpha, spec, indices=False)
+    if not address or grad.dtype is not x.dtype or not grad.is_cpu:
         return reference.fake_quantize_backward(grad, x, alpha, spec, axis, group_size, mode)
     rows = _Rows(x, axis, group_size)
     given = rows.matching(grad)
@@ -193,14 +199,11 @@ def quantize(
     group_size: int | None = None,
 ) -> torch.Tensor:
     """As :func:`reference.quantize`."""
-    address = _set_address(spec, True) if _LIBRARY is not None and _takes(x, alpha) else 0
+    address = _address(x, alpha, spec, indices=True)
     if not address:
         return reference.quantize(x, alpha, spec, axis, group_size)
-    rows, clip = _Rows(x, axis, group_size), alpha.contiguous()
-    out = rows.empty(torch.uint8)
-    at = (rows.x.data_ptr(), out.data_ptr(), clip.data_ptr(), address)
-    _run("apot_quantize", *at, *rows.layout, _DTYPES[x.dtype])
-    return rows.restored(out)
+    where, kind = (axis, group_size), _DTYPES[x.dtype]
+    return _forward("apot_quantize", x, alpha, address, where, torch.uint8, kind)
 
 
 def dequantize(
@@ -211,15 +214,11 @@ def dequantize(
     group_size: int | None = None,
 ) -> torch.Tensor:
     """As :func:`reference.dequantize`."""
-    fits = index.is_cpu and index.dtype is torch.uint8 and alpha.dtype is torch.float32
-    address = _set_address(spec, True) if _LIBRARY is not None and fits and alpha.is_cpu else 0
+    fits = index.dtype is torch.uint8 and index.is_cpu
+    address = _address(_FLOAT, alpha, spec, indices=True) if fits else 0
     if not address:
         return reference.dequantize(index, alpha, spec, axis, group_size)
-    rows, clip = _Rows(index, axis, group_size), alpha.contiguous()
-    out = rows.empty(torch.float32)
-    at = (rows.x.data_ptr(), out.data_ptr(), clip.data_ptr(), address)
-    _run("apot_dequantize", *at, *rows.layout)
-    return rows.restored(out)
+    return _forward("apot_dequantize", index, alpha, address, (axis, group_size), torch.float32)
 
 
 def ends(x: torch.Tensor) -> torch.Tensor:

@@ -6,6 +6,7 @@ import math
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as functional
 
 
 class Layout(NamedTuple):
@@ -38,6 +39,8 @@ def memory_order(x: torch.Tensor) -> list[int] | None:
 
 def layout_of(x: torch.Tensor, axis: int | None) -> Layout | None:
     """Where α runs along ``axis`` (None: one α); None where ``x`` is not dense."""
+    if axis is None and x.is_contiguous():
+        return Layout(1, 1, x.numel())
     if not x.numel():
         return Layout(1, 1, 0) if axis is None else Layout(0, x.shape[axis], 1)
     order = memory_order(x)
@@ -48,3 +51,24 @@ def layout_of(x: torch.Tensor, axis: int | None) -> Layout | None:
     place = order.index(axis % x.dim())
     sizes = [x.shape[dim] for dim in order]
     return Layout(math.prod(sizes[:place]), sizes[place], math.prod(sizes[place + 1 :]))
+
+
+def dense(x: torch.Tensor, axis: int | None) -> tuple[torch.Tensor, Layout]:
+    """``x``, or where it is not dense a copy with the strides of ``empty_like``; and its layout."""
+    layout = layout_of(x, axis)
+    if layout is None:
+        x = torch.empty_like(x).copy_(x)
+        layout = layout_of(x, axis)
+        assert layout is not None
+    return x, layout
+
+
+def rows_of(x: torch.Tensor, axis: int | None, group_size: int | None) -> torch.Tensor:
+    """One row of values per α in logical order; short groups are filled up with zeros."""
+    if axis is None:
+        return x.reshape(1, -1)
+    rows = x.movedim(axis, 0)
+    rows = rows.flatten(1) if rows.dim() > 1 else rows.unsqueeze(1)
+    if group_size is None:
+        return rows
+    return functional.pad(rows, (0, -rows.shape[1] % group_size)).reshape(-1, group_size)

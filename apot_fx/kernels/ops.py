@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from . import dispatch, packing, products, reference
+from . import dispatch, packing, products, reference, sums
 
 _LIBRARY = torch.library.Library("apot_fx", "DEF")
 _WHERE = "int? axis=None, int? group_size=None"
@@ -137,7 +137,7 @@ def _dequantize_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     (index,) = ctx.saved_tensors
     one = torch.full_like(ctx.alpha, 1.0)
     shares = torch.ops.apot_fx.dequantize(index, one, ctx.level_set, ctx.axis, ctx.group_size)
-    dalpha = reference.reduce_to_alpha(grad * shares, ctx.alpha, ctx.axis, ctx.group_size)
+    dalpha = sums.reduce_to_alpha(grad * shares, ctx.alpha, ctx.axis, ctx.group_size)
     return None, dalpha.to(ctx.alpha.dtype), None, None, None
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as functional
 
 from ..levels import LevelSet
-from .layout import layout_of, memory_order
+from .sums import reduce_to_alpha
 
 ALPHA_MIN, ALPHA_MAX = 2.0**-40, 2.0**40
 
@@ -79,60 +79,6 @@ def step_of(alpha: torch.Tensor, unit: int) -> torch.Tensor:
 def per_alpha(unit: int, alpha: torch.Tensor) -> torch.Tensor:
     """``fl(unit / α)`` by one IEEE division: ``number / tensor`` would round a reciprocal first."""
     return torch.div(alpha.new_full((), float(unit)), alpha)
-
-
-def reduce_to_alpha(
-    values: torch.Tensor, alpha: torch.Tensor, axis: int | None, group_size: int | None
-) -> torch.Tensor:
-    """Sum per α, float64 of α's shape; the counterpart of :func:`spread`.
-
-    On the CPU in the order that docs/arithmetic.md gives, whatever the number of threads.
-    """
-    runs = _runs(values.double(), axis, group_size)
-    if values.device.type != "cpu":
-        return runs.sum((0, 2)).reshape(alpha.shape)
-    runs = _in_order(_block_sums(runs)) if runs.shape[2] != 1 else runs.squeeze(2)
-    runs = functional.pad(runs, (0, 0, 0, -len(runs) % _RUNS)).unflatten(0, (-1, _RUNS))
-    return _in_order(_in_order(runs.transpose(1, 2)).T).reshape(alpha.shape)
-
-
-#: The order of sums: lanes within blocks of values, then blocks, then runs in blocks of runs.
-_LANES, _BLOCK, _RUNS = 32, 4096, 64
-
-
-def _runs(values: torch.Tensor, axis: int | None, group_size: int | None) -> torch.Tensor:
-    """Values as outer × channels × inner, in the order of memory; short groups filled up."""
-    if group_size is not None:
-        assert axis is not None
-        rows = values.movedim(axis, 0).flatten(1) if values.dim() > 1 else values.unsqueeze(1)
-        rows = functional.pad(rows, (0, -rows.shape[1] % group_size))
-        return rows.reshape(1, -1, group_size)
-    layout = layout_of(values, axis)
-    if layout is None:
-        values = torch.empty_like(values).copy_(values)
-        layout = layout_of(values, axis)
-        assert layout is not None
-    order = memory_order(values) or []
-    return values.permute(order + [d for d in range(values.dim()) if d not in order]).reshape(
-        layout.outer, layout.channels, layout.inner
-    )
-
-
-def _block_sums(runs: torch.Tensor) -> torch.Tensor:
-    """Sums of blocks of a run, each in lanes that are joined in halves at the end."""
-    blocks = functional.pad(runs, (0, -runs.shape[2] % _BLOCK)).unflatten(2, (-1, _BLOCK))
-    lanes = _in_order(blocks.unflatten(3, (-1, _LANES)).transpose(3, 4))
-    while lanes.shape[-1] > 1:
-        lanes = lanes[..., : lanes.shape[-1] // 2] + lanes[..., lanes.shape[-1] // 2 :]
-    return lanes.squeeze(-1)
-
-
-def _in_order(values: torch.Tensor) -> torch.Tensor:
-    """Sums over the last dimension, one value after the other."""
-    total = values.new_zeros(values.shape[:-1])
-    for value in values.unbind(-1):
-        total += value
-    return total
 
 
 def half_units(

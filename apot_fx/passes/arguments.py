@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +12,8 @@ from torch import fx
 from ..nn import Expanded
 from .example import Call
 from .guards import check_count, check_given, check_keywords, check_option, check_same
-from .proxy import UNKNOWN, Untraceable, is_proxy, members
+from .proxy import UNKNOWN, is_proxy, members
+from .refusal import Untraceable
 
 if TYPE_CHECKING:
     from .tracer import ApotTracer
@@ -78,10 +79,10 @@ class RootArguments:
             is_option or (name not in self.given and not _is_number(value))
         ):
             fixed = None if default == (None,) and name not in self.given else value
-            self._guard(check_option, made, fixed, name)
+            self.tracer.guard(check_option, made, fixed, name)
             return value
         if default == (None,) and value is not UNKNOWN:
-            self._guard(check_given, made, name)
+            self.tracer.guard(check_given, made, name)
         if self.attends and isinstance(value, torch.Tensor):
             return self._shared(made, value, name)
         return made
@@ -90,7 +91,7 @@ class RootArguments:
         """Self-attention's one tensor for query, key and value: then torch has one product."""
         first = self.seen.setdefault(id(value), made)
         if first is not made:
-            self._guard(check_same, made, first, name)
+            self.tracer.guard(check_same, made, first, name)
         return first
 
     def _variable(self, name: str) -> Iterable[Any]:
@@ -98,22 +99,17 @@ class RootArguments:
             raise Untraceable(f"{name} in the signature, without example_inputs")
         value = self.given.get(name[1:], ())
         made = self._placeholder(name, (), value)
-        self._guard(check_count, made, len(value), name)
+        self.tracer.guard(check_count, made, len(value), name)
         return members(made, len(value))
 
     def _variable_keywords(self, name: str) -> dict[str, Any]:
         value = self.given.get(name, {})
         made: Any = self._placeholder(f"**{name}", (), value)
-        self._guard(check_keywords, made, sorted(value), name)
+        self.tracer.guard(check_keywords, made, sorted(value), name)
         return {
             key: made[key] if isinstance(item, (torch.Tensor, tuple, list, dict)) else item
             for key, item in value.items()
         }
-
-    def _guard(self, check: Callable[..., None], made: fx.Proxy, *facts: Any) -> None:
-        self.tracer.create_proxy("call_function", check, (made, *facts), {}).node.meta["keep"] = (
-            True
-        )
 
 
 def _is_number(value: object) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -36,14 +36,7 @@ class Call:
 
     def copied(self) -> Call:
         """The same with copies of tensors and objects: a forward may write into its inputs."""
-        memo: dict[int, Any] = {}  # what was one object stays one
-
-        def copied(value: Any) -> Any:
-            if id(value) not in memo:
-                memo[id(value)] = _copied(value)
-            return memo[id(value)]
-
-        args, kwargs = pytree.tree_map(copied, (self.args, self.kwargs))
+        args, kwargs = pytree.tree_map(_once_each(_copied), (self.args, self.kwargs))
         return Call(args, kwargs)
 
     def resized(self) -> list[Call]:
@@ -57,16 +50,17 @@ class Call:
     def _resized(self, axes: Callable[[torch.Tensor], tuple[int, ...]]) -> Call:
         """With other lengths of axes, where they are those of the first tensor that has them."""
         lengths: dict[int, int] = {}
-        memo: dict[int, Any] = {}  # what was one tensor stays one
 
         def resize(leaf: Any) -> Any:
             if not isinstance(leaf, torch.Tensor) or leaf.layout is not torch.strided:
                 return leaf
-            if id(leaf) not in memo:
-                memo[id(leaf)] = _resized(leaf, axes(leaf), lengths)
-            return memo[id(leaf)]
+            for axis in axes(leaf):
+                size = leaf.shape[axis]
+                if lengths.setdefault(axis, size) == size:
+                    leaf = _half(leaf, axis)
+            return leaf
 
-        args, kwargs = pytree.tree_map(resize, (self.args, self.kwargs))
+        args, kwargs = pytree.tree_map(_once_each(resize), (self.args, self.kwargs))
         return Call(args, kwargs)
 
     def bound(self, model: nn.Module) -> inspect.BoundArguments:
@@ -80,12 +74,16 @@ class Call:
             ) from None
 
 
-def _resized(tensor: torch.Tensor, axes: Iterable[int], lengths: dict[int, int]) -> torch.Tensor:
-    for axis in axes:
-        size = tensor.shape[axis]
-        if lengths.setdefault(axis, size) == size:
-            tensor = _half(tensor, axis)
-    return tensor
+def _once_each(function: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """A function of leaves by which what was one object stays one."""
+    memo: dict[int, Any] = {}
+
+    def once(leaf: Any) -> Any:
+        if id(leaf) not in memo:
+            memo[id(leaf)] = function(leaf)
+        return memo[id(leaf)]
+
+    return once
 
 
 def _batch(tensor: torch.Tensor) -> tuple[int, ...]:

@@ -18,7 +18,15 @@ import torch.nn.functional as functional
 from torch import fx, nn
 from torch.nn.utils.parametrize import ParametrizationList
 
-from ..graph import argument, called_module, constant_value, free_name, set_submodule
+from ..graph import (
+    CONVOLUTIONS,
+    TRANSPOSED_CONVOLUTIONS,
+    argument,
+    called_module,
+    constant_value,
+    free_name,
+    set_submodule,
+)
 from ..nn import (
     ConvProduct,
     FunctionalLayer,
@@ -34,13 +42,7 @@ from .report import PassReport
 from .stage import StageModule, info, next_id, set_info
 from .training_flags import TRAINING_OF
 
-_CONVS = {functional.conv1d: 1, functional.conv2d: 2, functional.conv3d: 3}
 _MATMULS = (torch.matmul, torch.mm, operator.matmul, "matmul", "mm", "__matmul__")
-_TRANSPOSED = {
-    functional.conv_transpose1d: 1,
-    functional.conv_transpose2d: 2,
-    functional.conv_transpose3d: 3,
-}
 _LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _TRANSPOSED_LAYERS = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -112,10 +114,10 @@ def _match(node: fx.Node, constant: set[fx.Node]) -> _Call | None:
         keys = ("input", "weight", "bias")
         x, weight, bias = (argument(node, place, key) for place, key in enumerate(keys))
         return _call(x, weight, bias, False, _linear, 2)
-    if node.target in _CONVS:
-        return _match_conv(node, _CONVS[node.target])
-    if node.target in _TRANSPOSED:
-        return _match_transposed(node, _TRANSPOSED[node.target])
+    if node.target in CONVOLUTIONS:
+        return _match_conv(node, CONVOLUTIONS[node.target])
+    if node.target in TRANSPOSED_CONVOLUTIONS:
+        return _match_transposed(node, TRANSPOSED_CONVOLUTIONS[node.target])
     if node.target in (torch.addmm, "addmm"):
         plain = all(node.kwargs.get(key, 1) == 1 for key in ("beta", "alpha"))
         keys = ("input", "mat1", "mat2")

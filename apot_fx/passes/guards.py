@@ -7,11 +7,20 @@ another kind than the example inputs were.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from ..errors import GuardError
+
+
+def _refuse(what: str, line: str = "") -> NoReturn:
+    raise GuardError(f"{what}; prepare with example_inputs of this kind", line)
+
+
+def _is_as(value: object, expected: object) -> bool:
+    """Whether a None, bool or string is the expected one."""
+    return value is expected or (isinstance(value, str) and value == expected)
 
 
 def check_option(value: object, fixed: object, name: str) -> None:
@@ -19,7 +28,7 @@ def check_option(value: object, fixed: object, name: str) -> None:
 
     Raises GuardError otherwise.
     """
-    if value is not fixed and not (isinstance(value, str) and value == fixed):
+    if not _is_as(value, fixed):
         raise GuardError(
             f"argument {name!r} was traced as {fixed!r} and is now another; prepare with "
             f"example_inputs in which {name!r} is of this kind"
@@ -64,7 +73,7 @@ def check_keywords(values: Mapping[str, Any], names: list[str], name: str) -> No
 
 def check_fact(value: object, expected: object, name: str) -> None:
     """Graph node: None, a bool or a string in an argument is as in the example (GuardError)."""
-    if value is not expected and not (isinstance(value, str) and value == expected):
+    if not _is_as(value, expected):
         plain = value is None or isinstance(value, (bool, str))
         now = repr(value) if plain else f"a {type(value).__name__}"
         raise GuardError(

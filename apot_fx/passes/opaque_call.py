@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from ..errors import GuardError
-from .proxy import TrainingFlag, Untraceable, is_proxy
+from .proxy import TrainingFlag, is_proxy
+from .refusal import Untraceable
 
 _PLAIN = (
     type(None),

@@ -12,7 +12,8 @@ import torch
 from torch import fx
 from torch.nn.utils import stateless
 
-from .proxy import Untraceable, admitting_isinstance, holds_proxy, is_proxy, value_isinstance
+from .proxy import admitting_isinstance, holds_proxy, is_proxy, value_isinstance
+from .refusal import Untraceable
 
 if TYPE_CHECKING:
     from .tracer import ApotTracer
@@ -30,7 +31,10 @@ _REFUSED: dict[tuple[Any, str], str] = {
     (torch.random, "fork_rng"): "it keeps the random state",
     (torch, "is_grad_enabled"): "it asks whether gradients are on",
     (torch.autograd, "grad"): "it takes gradients",
+    (stateless, "_reparametrize_module"): "functional_call with other parameters",
 }
+#: Those of them that torch's own code calls for the user.
+_FOR_USERS = frozenset({(stateless, "_reparametrize_module")})
 _RANDOM = "rand randn randint randperm normal bernoulli poisson multinomial".split()
 
 
@@ -43,7 +47,6 @@ def recording_factories(tracer: ApotTracer) -> Iterator[None]:
     enter, leave = torch.autocast.__enter__, torch.autocast.__exit__
     marking = dynamo.mark_static_address
     refused = {(owner, name): getattr(owner, name) for owner, name in _REFUSED}
-    swapping = stateless._reparametrize_module
     try:
         for name, function in before.items():
             if not isinstance(function, type):
@@ -52,15 +55,13 @@ def recording_factories(tracer: ApotTracer) -> Iterator[None]:
         torch.autocast.__enter__ = _entering(tracer, enter)  # type: ignore[method-assign]
         torch.autocast.__exit__ = _leaving(tracer, leave)  # type: ignore[method-assign]
         dynamo.mark_static_address = _on_tensors(marking)
-        stateless._reparametrize_module = _swapping(tracer, swapping)
-        for (owner, name), function in refused.items():
-            setattr(owner, name, _refused(tracer, function, _REFUSED[owner, name]))
+        for place, function in refused.items():
+            setattr(*place, _refused(tracer, function, _REFUSED[place], place in _FOR_USERS))
         yield
     finally:
         dynamo.mark_static_address = marking
-        stateless._reparametrize_module = swapping
-        for (owner, name), function in refused.items():
-            setattr(owner, name, function)
+        for place, function in refused.items():
+            setattr(*place, function)
         for name, function in before.items():
             setattr(torch, name, function)
         torch.autocast.__enter__, torch.autocast.__exit__ = enter, leave  # type: ignore[method-assign]
@@ -96,25 +97,20 @@ def tracing_into_wrapped() -> Iterator[None]:
         wrapped.update(before)
 
 
-def _refused(tracer: ApotTracer, function: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """What no graph holds: state that is asked for or set while the forward runs."""
+def _refused(
+    tracer: ApotTracer, function: Callable[..., Any], what: str, for_users: bool
+) -> Callable[..., Any]:
+    """What no graph holds: state that is asked for or set while the forward runs.
+
+    ``for_users``: also where torch's own code calls it.
+    """
 
     def refuse(*args: Any, **kwargs: Any) -> Any:
         caller = sys._getframe(1).f_code.co_filename
-        if tracer.concrete or "/torch/" in caller or "/apot_fx/" in caller:
+        own = "/torch/" in caller or "/apot_fx/" in caller
+        if tracer.concrete or (own and not for_users):
             return function(*args, **kwargs)
         raise Untraceable(what)
-
-    return refuse
-
-
-def _swapping(tracer: ApotTracer, swap: Callable[..., Any]) -> Callable[..., Any]:
-    """``functional_call`` puts other tensors into a module while it is called."""
-
-    def refuse(*args: Any, **kwargs: Any) -> Any:
-        if tracer.concrete:
-            return swap(*args, **kwargs)
-        raise Untraceable("functional_call with other parameters")
 
     return refuse
 

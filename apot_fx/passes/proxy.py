@@ -13,13 +13,13 @@ import operator
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import fx
 
-from ..errors import TraceError
-from ..graph import METADATA_METHODS, called_name
+from ..graph import called_name
+from .dependence import FIXED
 from .guards import (
     check_fact,
     check_given,
@@ -30,6 +30,7 @@ from .guards import (
     kind_of,
 )
 from .mutation import AUGMENTED
+from .refusal import Untraceable
 
 if TYPE_CHECKING:
     from .tracer import ApotTracer
@@ -37,47 +38,8 @@ if TYPE_CHECKING:
 #: The value of a proxy that was made without example inputs.
 UNKNOWN = object()
 
-#: What a Python decision hangs on, from harmless to hopeless.
-FIXED, SIZE, DATA = "fixed", "size", "data"
-_ORDER = (FIXED, SIZE, DATA)
-
-_RANK_METHODS = frozenset(
-    "dim ndimension is_floating_point is_complex element_size get_device is_contiguous".split()
-)
 #: Calls that give as many parts as a size says.
 _PARTS_BY_SIZE = frozenset("unbind split tensor_split hsplit vsplit dsplit unsafe_split".split())
-_SIZE_ATTRIBUTES = frozenset({"shape", "size", "numel", "nelement", "stride"})
-
-
-class Untraceable(TraceError):
-    """A forward does what no graph can hold; the message says what.
-
-    ``latest``: how many were made, and the last one's message, since a forward's own ``except`` may
-    keep it from us. (Not the exception: it would hold frames, and these hold weights.)
-    """
-
-    latest: ClassVar[tuple[int, str]] = (0, "")
-    #: Where a number was last asked for, and ``latest`` before that.
-    asked: ClassVar[tuple[Any, tuple[int, str]]] = (None, latest)
-
-    def __init__(self, message: str) -> None:
-        super().__init__(message)
-        Untraceable.latest = Untraceable.latest[0] + 1, message
-
-    @classmethod
-    def asking(cls, caller: Any) -> None:
-        """A number is asked for: by Python code, or by torch's C code, which tries all signatures
-        and catches what we raise."""
-        place = id(caller), caller.f_lasti
-        if cls.asked[0] != place:
-            cls.asked = place, cls.latest
-
-    @classmethod
-    def dispatched(cls, caller: Any) -> None:
-        """It was torch's C code, on its way to ``__torch_function__``: no refusal at all."""
-        place, before = cls.asked
-        if place == (id(caller), caller.f_lasti):
-            cls.latest = before
 
 
 class ApotProxy(fx.Proxy):
@@ -360,39 +322,3 @@ def holds_proxy(values: Iterable[Any]) -> bool:
         or (type(value) is slice and holds_proxy((value.start, value.stop, value.step)))
         for value in values
     )
-
-
-def hangs_on(node: fx.Node, values: Mapping[fx.Node, Any]) -> str:
-    """What a value hangs on beside the options: a size (SIZE), tensor values (DATA), or nothing."""
-    pending, worst, seen = [node], 0, set()
-    while pending:
-        current = pending.pop()
-        if current in seen:
-            continue
-        seen.add(current)
-        own = _own_kind(current, values)
-        if own is None:
-            pending.extend(current.all_input_nodes)
-        else:
-            worst = max(worst, _ORDER.index(own))
-    return _ORDER[worst]
-
-
-def _own_kind(node: fx.Node, values: Mapping[fx.Node, Any]) -> str | None:
-    """What a node brings in by itself; None where its inputs say it."""
-    source = node.args[0] if node.args else None
-    if node.target is len:
-        return SIZE
-    of_tensor = isinstance(source, fx.Node) and isinstance(values.get(source), torch.Tensor)
-    if node.op == "call_function" and node.target is getattr and of_tensor:
-        of_parameter = isinstance(source, fx.Node) and source.op == "get_attr"
-        return SIZE if not of_parameter and node.args[1] in _SIZE_ATTRIBUTES else FIXED
-    if node.op == "call_method" and of_tensor:
-        if node.target in _RANK_METHODS:
-            return FIXED
-        return SIZE if node.target in METADATA_METHODS else DATA
-    if node.op == "placeholder":
-        return DATA if isinstance(values.get(node), torch.Tensor) else FIXED
-    if node.op in ("call_module", "get_attr") or isinstance(values.get(node), torch.Tensor):
-        return DATA
-    return None

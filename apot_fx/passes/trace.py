@@ -23,8 +23,8 @@ from .attempts import Attempts, opaque_functions
 from .example import Call
 from .lines import LINE
 from .patches import AskingValues, recording_factories, tracing_into_wrapped
-from .proxy import Untraceable
 from .purity import Attributes, random_state, watching_globals
+from .refusal import Untraceable
 from .report import PassReport
 from .stage import NodeInfo, StageModule, set_info
 from .tracer import ApotTracer

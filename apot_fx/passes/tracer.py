@@ -10,36 +10,30 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
-import torch.nn.functional as functional
 from torch import fx, nn
 from torch.nn.utils.parametrize import is_parametrized
 from torch.utils import _pytree as pytree
 
 from ..fake_quant import FakeQuantize
-from ..graph import argument, called_name, free_name
+from ..graph import CONVOLUTIONS, TRANSPOSED_CONVOLUTIONS, argument, called_name, free_name
 from ..nn import ConvertedOp, PreparedOp, Quantize, ThroughFloat
 from .arguments import RootArguments
+from .dependence import DATA, SIZE, hangs_on
 from .example import Call
 from .guards import check_decision
 from .lines import LINE, running_line
 from .opaque_call import OpaqueCall, Record, fingerprint, without_parts
 from .patches import ambient_state, region_depth
 from .proxy import (
-    DATA,
-    SIZE,
     UNKNOWN,
     ApotProxy,
-    Untraceable,
-    hangs_on,
     is_proxy,
     members,
 )
 from .purity import random_state
+from .refusal import Untraceable
 from .training_flags import plain, plain_flags
 
-CONVOLUTIONS = frozenset(
-    getattr(functional, f"conv{kind}{rank}d") for kind in ("", "_transpose") for rank in (1, 2, 3)
-)
 _OURS = (PreparedOp, ConvertedOp, Quantize, ThroughFloat, FakeQuantize, OpaqueCall)
 
 
@@ -105,7 +99,7 @@ class ApotTracer(fx.Tracer):
             self._check_region()
         if isinstance(target, torch._ops.OpOverloadPacket) and len(target.overloads()) == 1:
             target = getattr(target, target.overloads()[0])  # whose schema says what it writes
-        if target in CONVOLUTIONS:
+        if target in CONVOLUTIONS or target in TRANSPOSED_CONVOLUTIONS:
             args, kwargs = self._with_settled_geometry(args, kwargs)
         made = super().create_proxy(kind, target, args, kwargs, *rest, **more)
         if self.example is not None and kind != "placeholder":

@@ -46,11 +46,13 @@ def prepare(
         parameters = list(copy.parameters())
         with restored_from(copy, model):
             own = None if call is None else _checked(copy, call)
-            put_back(parameters, model)
+            if own is not None:
+                put_back(parameters, model)
             prepared = _prepare(copy, mapping, own, in_graphs)
             written = put_back(parameters, model)  # through .data: then no graph can be trusted
             same = own is None or _same_in_float(prepared, model, own)
-            put_back(parameters, model)
+            if own is not None:
+                put_back(parameters, model)
         if same and not (written and in_graphs):
             return prepared
     raise TraceError(

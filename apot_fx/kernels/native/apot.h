@@ -11,11 +11,11 @@
 #define APOT_PUBLIC __attribute__((visibility("default")))
 #endif
 
-enum { APOT_F32, APOT_BF16, APOT_F16, APOT_DTYPES };
+enum { APOT_F32, APOT_BF16, APOT_F16 };
 
 /* How a half-unit becomes a level: SHIFT where levels are consecutive integers, BYTES where half-units
  * and levels fit signed bytes, else TABLE. */
-enum { APOT_SHIFT, APOT_BYTES, APOT_TABLE, APOT_LOOKS };
+enum { APOT_SHIFT, APOT_BYTES, APOT_TABLE };
 
 /* Tables of one level set, filled by Python. `levels` and `indices` start at half-unit 2·q_min. */
 typedef struct {
@@ -23,7 +23,6 @@ typedef struct {
   int32_t unit;
   int32_t look;
   int32_t count; /* levels */
-  int32_t reserved;
   const float *levels;        /* level of every half-unit */
   const int32_t *indices;     /* index of every half-unit */
   const float *by_index;      /* level of every index, 256 of them */
@@ -67,5 +66,7 @@ typedef struct {
 #define APOT_LANES 32
 
 #define APOT_INLINE static inline __attribute__((always_inline))
+
+APOT_INLINE size_t size_of(int dtype) { return dtype == APOT_F32 ? 4 : 2; }
 
 #endif

@@ -9,8 +9,6 @@
 #define STEP (WIDTH * VECTORS)
 #define EACH_VECTOR for (int part = 0; part < VECTORS; part++)
 
-APOT_INLINE size_t size_of(int dtype) { return dtype == APOT_F32 ? 4 : 2; }
-
 APOT_INLINE void load_step(const void *from, int64_t at, int dtype, vf out[VECTORS]) {
   EACH_VECTOR out[part] = v_load_as(from, at + WIDTH * part, dtype);
 }
@@ -40,7 +38,7 @@ APOT_INLINE void values_of(const apot_set *set, int look, const vf x[VECTORS],
                            vf out[VECTORS]) {
 #ifdef HAS_BYTES
   if (look == APOT_BYTES && !nan && BYTES_FIT(set)) {
-    v_values_by_bytes(set, set->high - set->low >= 128, x, scale, step, out);
+    v_values_by_bytes(set, x, scale, step, out);
     return;
   }
 #endif
@@ -101,7 +99,7 @@ APOT_INLINE void index_step(const apot_span *s, const void *x, uint8_t *out, int
   alpha_step(s->scale, alpha, varies, scale);
 #ifdef HAS_BYTES
   if (look == APOT_BYTES && BYTES_FIT(set) && !s->careful && !v_any_nan(value)) {
-    v_indices_by_bytes(set, set->high - set->low >= 128, value, scale, out + at);
+    v_indices_by_bytes(set, value, scale, out + at);
     return;
   }
 #endif
@@ -131,7 +129,7 @@ APOT_INLINE void value_step(const apot_span *s, const uint8_t *x, float *out, in
   vf step[VECTORS], level[VECTORS];
   alpha_step(s->step, alpha, varies, step);
 #ifdef APOT_VBMI
-  if (look == APOT_BYTES) v_levels_by_bytes(set, set->count > 128, x + at, level);
+  if (look == APOT_BYTES) v_levels_by_bytes(set, x + at, level);
   else
 #endif
     EACH_VECTOR {

@@ -185,8 +185,6 @@ static int forward(job *j, int threads) {
   return 1;
 }
 
-static size_t size_of(int dtype) { return dtype == APOT_F32 ? 4 : 2; }
-
 APOT_PUBLIC int apot_fake_quantize(const void *x, void *out, const float *alpha,
                                    const apot_set *set, int64_t outer, int64_t channels,
                                    int64_t inner, int64_t row, int in, int to, int nan_to_zero,
@@ -326,7 +324,6 @@ typedef struct {
   int64_t count;
   int in;
   float *ends;
-  int64_t *counts;
 } seen;
 
 static void ends_item(void *context, int64_t item) {

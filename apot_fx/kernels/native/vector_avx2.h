@@ -106,10 +106,9 @@ APOT_INLINE vi look_up_bytes(const apot_set *set, const void *table, vi place) {
 }
 
 /* fl(level · step): both factors are shifted by 2^24, which is exact. */
-APOT_INLINE void v_values_by_bytes(const apot_set *set, int long_table, const vf x[VECTORS],
+APOT_INLINE void v_values_by_bytes(const apot_set *set, const vf x[VECTORS],
                                    const vf scale[VECTORS], const vf step[VECTORS],
                                    vf out[VECTORS]) {
-  (void)long_table;
   vi level = look_up_bytes(set, set->level_line, bytes_of(set, x, scale));
   for (int part = 0; part < VECTORS; part++) {
     char at = (char)(4 * part);
@@ -119,9 +118,8 @@ APOT_INLINE void v_values_by_bytes(const apot_set *set, int long_table, const vf
     out[part] = v_mul(v_float(top), v_mul(step[part], v_set(0x1p-24f)));
   }
 }
-APOT_INLINE void v_indices_by_bytes(const apot_set *set, int long_table, const vf x[VECTORS],
+APOT_INLINE void v_indices_by_bytes(const apot_set *set, const vf x[VECTORS],
                                     const vf scale[VECTORS], uint8_t *to) {
-  (void)long_table;
   vi found = look_up_bytes(set, set->index_line, bytes_of(set, x, scale));
   vi order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
   _mm256_storeu_si256((__m256i *)to, _mm256_permutevar8x32_epi32(found, order));

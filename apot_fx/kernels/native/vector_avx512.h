@@ -105,27 +105,29 @@ APOT_INLINE void floats_of(vi bytes, vf out[VECTORS]) {
 }
 
 /* fl(level · step): both factors are shifted by 2^24, which is exact. */
-APOT_INLINE void v_values_by_bytes(const apot_set *set, int long_table, const vf x[VECTORS],
+APOT_INLINE void v_values_by_bytes(const apot_set *set, const vf x[VECTORS],
                                    const vf scale[VECTORS], const vf step[VECTORS],
                                    vf out[VECTORS]) {
+  int long_table = set->high - set->low >= 128;
   floats_of(look_up_bytes(set->level_bytes, bytes_of(set, x, scale), long_table), out);
   for (int part = 0; part < VECTORS; part++)
     out[part] = _mm512_mul_ps(out[part], _mm512_mul_ps(step[part], _mm512_set1_ps(0x1p-24f)));
 }
 
-APOT_INLINE void v_indices_by_bytes(const apot_set *set, int long_table, const vf x[VECTORS],
+APOT_INLINE void v_indices_by_bytes(const apot_set *set, const vf x[VECTORS],
                                     const vf scale[VECTORS], uint8_t *to) {
+  int long_table = set->high - set->low >= 128;
   vi found = look_up_bytes(set->index_bytes, bytes_of(set, x, scale), long_table);
   vi order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   _mm512_storeu_si512(to, _mm512_permutexvar_epi32(order, found));
 }
 
 /* Levels of 64 indices in memory. */
-APOT_INLINE void v_levels_by_bytes(const apot_set *set, int long_table, const uint8_t *index,
+APOT_INLINE void v_levels_by_bytes(const apot_set *set, const uint8_t *index,
                                    vf out[VECTORS]) {
   vi order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   vi place = _mm512_permutexvar_epi32(order, _mm512_loadu_si512(index));
-  floats_of(look_up_bytes(set->index_levels, place, long_table), out);
+  floats_of(look_up_bytes(set->index_levels, place, set->count > 128), out);
   for (int part = 0; part < VECTORS; part++)
     out[part] = _mm512_mul_ps(out[part], _mm512_set1_ps(0x1p-24f));
 }
@@ -147,18 +149,16 @@ APOT_INLINE vi look_up_64(const apot_set *set, const void *bytes, vi half) {
   vi up = _mm512_permutex2var_epi32(a, half, b), down = _mm512_permutex2var_epi32(c, half, d);
   return _mm512_mask_blend_epi32(_mm512_movepi32_mask(half), up, down);
 }
-APOT_INLINE void v_values_by_bytes(const apot_set *set, int long_table, const vf x[VECTORS],
+APOT_INLINE void v_values_by_bytes(const apot_set *set, const vf x[VECTORS],
                                    const vf scale[VECTORS], const vf step[VECTORS],
                                    vf out[VECTORS]) {
-  (void)long_table;
   for (int part = 0; part < VECTORS; part++) {
     vi level = look_up_64(set, set->level_bytes, half_of(set, x[part], scale[part]));
     out[part] = v_mul(v_float(level), step[part]);
   }
 }
-APOT_INLINE void v_indices_by_bytes(const apot_set *set, int long_table, const vf x[VECTORS],
+APOT_INLINE void v_indices_by_bytes(const apot_set *set, const vf x[VECTORS],
                                     const vf scale[VECTORS], uint8_t *to) {
-  (void)long_table;
   for (int part = 0; part < VECTORS; part++) {
     vi half = half_of(set, x[part], scale[part]);
     v_store_index(to + WIDTH * part, look_up_64(set, set->index_bytes, half));
