@@ -20,8 +20,8 @@ from .soft import SoftWeight
 from .units import Unit
 from .weights import Weight
 
-RATE = 1e-2  # of Adam, at least
-TRAVEL = 50.0  # at least so far logits can go in all steps together; they start within ±2.4
+RATES = 0.01, 0.5  # of Adam: at least, at most
+TRAVEL = 50.0  # in between, logits can go so far in all steps together; they start within ±2.4
 WEIGHT = 3.0  # of the regularizer's mean, beside an error relative to that of nearest levels
 WARM_START = 0.2  # the part of the steps that goes without regularizer
 
@@ -62,14 +62,15 @@ def learn(
     """Which elements of a unit's weights go up, by the weight's name; bool, as rows. May be empty.
 
     ``nearest``: the unit's error with nearest levels, the unit of its loss, which so hangs on no
-    bits and no scale. ``number``: of the unit, part of its seed. ``progress`` is told of every step, now and then with
-    the loss.
+    bits and no scale. ``number``: of the unit, part of its seed. ``progress`` is told of every
+    step, now and then with the loss.
     """
     generator = torch.Generator().manual_seed((settings.seed << 20) + number)
     with softened(weights) as soft, torch.enable_grad():
         logits = [one.logits for one in soft.values()]
         count = sum(one.numel() for one in logits)
-        optimizer = torch.optim.Adam(logits, max(RATE, TRAVEL / settings.steps))
+        rate = min(max(RATES[0], TRAVEL / settings.steps), RATES[1])
+        optimizer = torch.optim.Adam(logits, rate)
         for step in range(settings.steps):
             inputs, target = samples.draw(generator)
             loss = error(unit.run(model, inputs), target) / (nearest * samples.power)

@@ -307,13 +307,13 @@ def test_errors_leave_the_model_as_it_was(name: str) -> None:
 
 def test_other_stages_are_refused() -> None:
     model, batches = seeded(NETS["linear"][0]), batches_of(8, 12)
-    with pytest.raises(StageError, match="adaround wants a prepared model.*prepare_apot first"):
+    with pytest.raises(StageError, match=r"adaround wants a prepared model.*prepare_apot first"):
         adaround(model, batches)
     prepared = apot_fx.prepare_apot(model, W3A8)
     with pytest.raises(CalibrationError, match=r"adaround: still observing: 0 .*calibrate"):
         adaround(prepared, batches)
     apot_fx.calibrate(prepared, batches)
-    with pytest.raises(StageError, match="adaround wants a prepared model.*converted"):
+    with pytest.raises(StageError, match=r"adaround wants a prepared model.*converted"):
         adaround(apot_fx.convert_apot(prepared), batches)
     prepared.get_submodule("0.weight_fake_quant").observer_enabled = True
     with pytest.raises(StageError, match=r"0\.weight_fake_quant follows its observer"):

@@ -117,7 +117,7 @@ def test_a_checkpoint_of_something_else_is_refused(tmp_path: Path) -> None:
     before = copy.deepcopy(prepared.state_dict())
     with pytest.raises(StateError, match=r"one\.pt was made with other options.*'steps': 40"):
         adaround(prepared, batches, steps=41, checkpoint=file)
-    with pytest.raises(StateError, match="other batches.*no shuffling"):
+    with pytest.raises(StateError, match=r"other batches.*no shuffling"):
         adaround(prepared, batches[::-1], **OPTIONS, checkpoint=file)
     other = copy.deepcopy(prepared)
     with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import itertools
 import math
 from fractions import Fraction
 
@@ -119,7 +120,7 @@ def test_the_regularizer_is_the_papers(beta: float) -> None:
 def test_beta_falls_from_start_to_end_after_the_warm_start() -> None:
     found = [annealed_beta(step, 100) for step in range(101)]
     assert found[:21] == [20.0] * 21 and found[-1] == pytest.approx(2.0)
-    assert all(high >= low for high, low in zip(found, found[1:], strict=False))
+    assert all(high >= low for high, low in itertools.pairwise(found))
 
 
 def test_a_soft_weight_is_no_child_with_keys() -> None:
