@@ -16,7 +16,8 @@ from torch import nn
 
 from apot_fx import QConfig
 from apot_fx.errors import StateError
-from apot_fx.ptq import adaround, learn
+from apot_fx.ptq import adaround, learn, run
+from apot_fx.ptq.weights import Weight
 from apot_fx.values import same_bits
 from tests.nets import calibrated, seeded
 
@@ -90,6 +91,24 @@ def test_killed_and_resumed(tmp_path: Path, whole: object) -> None:
     prepared, batches = start()
     adaround(prepared, batches, **OPTIONS, checkpoint=file)
     assert same_bits(whole, prepared.state_dict())
+
+
+def test_interrupted_while_it_commits(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, batches = start()
+    before, calls = copy.deepcopy(prepared.state_dict()), 0
+
+    def interrupting(weight: Weight, up: torch.Tensor) -> float:
+        nonlocal calls
+        calls += weight.value.data_ptr() in own
+        if calls == 3:
+            raise KeyboardInterrupt
+        return learn.commit(weight, up)
+
+    own = {p.data_ptr() for p in prepared.parameters()}
+    monkeypatch.setattr(run, "commit", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        adaround(prepared, batches, **OPTIONS)
+    assert calls == 3 and same_bits(before, prepared.state_dict())
 
 
 def test_a_finished_checkpoint_is_replayed(
