@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from . import parity, pipeline, views
+from . import ptq as ptq
 from .batches import Forward
 from .config import ActivationSpec, QConfig, QConfigMapping, WeightSpec, presets
 from .errors import ApotError, StageError

@@ -1,12 +1,11 @@
 """AdaRound against rounding to nearest on the depthwise digits network, held-out folds.
 
 Run alone (`python benchmarks/adaround.py [--quick] [presets …]`) or by `make bench`; needs the demo
-extra. A run takes about a minute a preset, so all take an hour. Five seeds, five folds of all 1,797
-images each (`--quick`: one seed). In every fold a float network is trained on the other four,
-calibrated on these images, and rounded both ways: same α (the preset's, per channel by squared
-error), same activations. Logits are compared on the fold. Gains are ratios of means over all runs;
-their standard errors are the jackknife's, over runs. Prints a table and writes
-`benchmarks/adaround.json`.
+extra. Five seeds, five folds of all 1,797 images each (`--quick`: one seed). In every fold a float
+network is trained on the other four, calibrated on these images, and rounded both ways: same α (the
+preset's, per channel by squared error), same activations. Logits are compared on the fold. Gains
+are ratios of means over all runs; their standard errors are the jackknife's, over runs. Prints a
+table and writes `benchmarks/adaround.json`.
 """
 
 from __future__ import annotations

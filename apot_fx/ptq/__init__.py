@@ -2,9 +2,9 @@
 
 ``rounding`` is AdaRound's maths, ``soft`` a weight between its levels; ``weights`` says what can be
 learned, ``blocks`` and ``units`` what is learned at once; ``shelf`` and ``samples`` hold what units
-got, ``capture`` runs the model for it; ``learn``, ``checkpoint`` and ``adaround`` do the rest.
+got, ``capture`` runs the model for it; ``learn``, ``checkpoint`` and ``run`` do the rest.
 """
 
-from .adaround import adaround
+from .run import adaround
 
 __all__ = ["adaround"]

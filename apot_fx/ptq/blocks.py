@@ -3,12 +3,14 @@
 *Moving* values depend on a layer that is learned, or are what the first one reads. A place where a
 single moving value is alive is a cut; what lies between two cuts (a residual block, parallel
 branches, one layer with its relu) has one result, so that its float result is a target for all the
-layers in it. Values that do not move (a mask, say) may come in anywhere."""
+layers in it. Values that do not move (a mask, say) may come in anywhere.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from itertools import takewhile
 
 from torch import fx
 
@@ -64,21 +66,22 @@ def blocks(stage: StageModule, calls: Calls) -> list[Block]:
     graph = _Graph(stage, calls)
     pieces = list(graph.pieces())
     for place, piece in enumerate(pieces):
-        if piece.end is None or len(piece.layers) > MOST_LAYERS:
-            found.extend(graph.single_layers(piece))
+        if graph.has_one_end(piece) and len(piece.layers) <= MOST_LAYERS:
+            following = takewhile(graph.has_one_end, pieces[place + 1 :])
+            found.append(graph.block(piece, _ahead(piece, following)))
         else:
-            found.append(graph.block(piece, _ahead(piece, pieces[place + 1 :])))
+            found.extend(graph.single_layers(piece))
     # What may be written in place has another value later.
     return [b for b in found if not any(n.meta.get("pinned") for n in (*b.nodes, *b.inputs()))]
 
 
-def _ahead(piece: _Piece, following: list[_Piece]) -> list[_Piece]:
+def _ahead(piece: _Piece, following: Iterable[_Piece]) -> list[_Piece]:
     """The pieces that are learned along with one."""
     count, found = len(piece.layers), list[_Piece]()
     for other in following:
-        count += len(other.layers)
-        if count - len(other.layers) >= LAYERS or count > MOST_LAYERS or other.end is None:
+        if count >= LAYERS or count + len(other.layers) > MOST_LAYERS:
             break
+        count += len(other.layers)
         found.append(other)
     return found
 
@@ -93,8 +96,17 @@ class _Graph:
         self.constant = constants(stage)
         self.moving = self._entry()
         for node in self.order:
-            if calls.get(node) or any(n in self.moving for n in node.all_input_nodes):
+            sources = [n for n in node.all_input_nodes if n in self.moving]
+            # A tensor that hangs on nothing but sizes (a mask) does not move; other sizes do.
+            is_size = value_kind(node) == "other"
+            moves = any(is_size or value_kind(n) != "other" for n in sources)
+            if calls.get(node) or moves:
                 self.moving.add(node)
+        self.sinks: set[fx.Node] = set()
+        for node in reversed(stage.graph.nodes):
+            is_object = value_kind(node) == "other" and all(n in self.sinks for n in node.users)
+            if node.op == "output" or is_object:
+                self.sinks.add(node)
 
     def _entry(self) -> set[fx.Node]:
         """What the first layer reads: a residual path may start there."""
@@ -107,8 +119,11 @@ class _Graph:
         return {source} - self.constant
 
     def pieces(self) -> Iterator[_Piece]:
-        """Stretches from a fake-quant or layer to just before the next one; those with layers."""
-        piece = _Piece([], None, [])
+        """Stretches from a fake-quant or layer to just before the next one; those with layers.
+
+        What follows the last layer (a softmax, an argmax) is in none.
+        """
+        piece = last = _Piece([], None, [])
         for nodes, end in self._stretches():
             own = [layer for node in nodes for layer in self.calls.get(node, ())]
             starts = own or any(
@@ -118,23 +133,39 @@ class _Graph:
                 yield piece
                 piece = _Piece([], None, [])
             piece = _Piece([*piece.nodes, *nodes], end, [*piece.layers, *own])
+            last = piece if own else last
         if piece.layers:
-            yield piece
+            yield last
 
     def _stretches(self) -> Iterator[tuple[list[fx.Node], fx.Node | None]]:
-        """Nodes from cut to cut, each with the moving value that alone is alive after it."""
+        """Nodes from cut to cut, each with the moving value that alone is read after it.
+
+        Being a result is no reading, nor is going into one: a decoder gives every layer's keys.
+        """
         alive: set[fx.Node] = set()
         stretch: list[fx.Node] = []
         for number, node in enumerate(self.order):
             stretch.append(node)
             if node in self.moving and value_kind(node) != "other":
                 alive.add(node)
-            alive = {one for one in alive if any(self.place[n] > number for n in one.users)}
+            alive = {one for one in alive if self._read_after(one, number)}
             if len(alive) < 2:
-                yield stretch, next(iter(alive), None)
+                results = [n for n in stretch if n in self.moving and self.sinks & set(n.users)]
+                ends = alive or (results if len(results) == 1 else ())
+                yield stretch, next(iter(ends), None)
                 stretch = []
         if stretch:
             yield stretch, None
+
+    def _read_after(self, node: fx.Node, number: int) -> bool:
+        return any(self.place[n] > number and n not in self.sinks for n in node.users)
+
+    def has_one_end(self, piece: _Piece) -> bool:
+        """Whether all its layers have a part in the value that leaves it."""
+        if piece.end is None:
+            return False
+        nodes = self.block(piece, []).nodes
+        return {n for n in piece.nodes if self.calls.get(n)} <= set(nodes)
 
     def single_layers(self, piece: _Piece) -> Iterator[Block]:
         """Each layer that a node calls, with the relu behind it."""

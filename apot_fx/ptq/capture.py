@@ -10,7 +10,6 @@ import torch
 from torch import nn
 
 from ..batches import Forward, run_all
-from ..errors import CalibrationError
 from ..passes.purity import unchanged
 from ..pipeline import in_float
 from .samples import Sample
@@ -88,7 +87,10 @@ def collect(
     times: dict[tuple[str, int], int],
     shelf: Shelf,
 ) -> list[Sample]:
-    """Every call of a unit: its input in ``student`` and its result in the float model."""
+    """Every call of a unit: its input in ``student`` and its result in the float model.
+
+    Calls that only one of the two makes are left out.
+    """
     samples: list[Sample] = []
     for number in range(len(runs.batches)):
         calls = times.get((unit.path, number), 0)
@@ -98,8 +100,4 @@ def collect(
         with in_float(prepared):
             outputs = runs.watched(prepared, number, unit.watch_outputs, calls, shelf)
         samples += [Sample(*pair) for pair in zip(inputs, outputs, strict=False)]
-    if not samples:
-        raise CalibrationError(
-            f"adaround: the float model never runs {unit.name}, though the quantized one does"
-        )
     return samples

@@ -11,17 +11,15 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
-from torch import nn
 
-from ..errors import CalibrationError
 from .rounding import annealed_beta, regularizer
 from .samples import Samples, floats_in
 from .soft import SoftWeight
-from .units import Unit
+from .units import Run
 from .weights import Weight
 
-RATE = 1e-2  # of Adam, at least
-TRAVEL = 50.0  # at least so far logits can go in all steps together; they start within ±2.4
+RATES = 0.01, 0.5  # of Adam: at least, at most
+TRAVEL = 50.0  # in between, logits can go so far in all steps together; they start within ±2.4
 WEIGHT = 3.0  # of the regularizer's mean, beside an error relative to that of nearest levels
 WARM_START = 0.2  # the part of the steps that goes without regularizer
 
@@ -50,8 +48,7 @@ def softened(weights: Mapping[str, Weight]) -> Iterator[dict[str, SoftWeight]]:
 
 
 def learn(
-    unit: Unit,
-    model: nn.Module,
+    run: Run,
     weights: Mapping[str, Weight],
     samples: Samples,
     nearest: float,
@@ -69,10 +66,11 @@ def learn(
     with softened(weights) as soft, torch.enable_grad():
         logits = [one.logits for one in soft.values()]
         count = sum(one.numel() for one in logits)
-        optimizer = torch.optim.Adam(logits, max(RATE, TRAVEL / settings.steps))
+        rate = min(max(RATES[0], TRAVEL / settings.steps), RATES[1])
+        optimizer = torch.optim.Adam(logits, rate)
         for step in range(settings.steps):
             inputs, target = samples.draw(generator)
-            loss = error(unit.run(model, inputs), target) / (nearest * samples.power)
+            loss = error(run(inputs), target) / (nearest * samples.power)
             if not loss.requires_grad:  # code inside that gradients don't pass
                 return {}
             if step >= WARM_START * settings.steps:
@@ -94,32 +92,23 @@ def error(found: object, target: object) -> torch.Tensor:
 
 
 @torch.no_grad()
-def mean_error(unit: Unit, model: nn.Module, samples: Samples) -> float:
-    """Error of a unit over all its calls, relative to the targets' variance, as it rounds now."""
-    lost = [float(error(unit.run(model, inputs), target)) for inputs, target in samples]
-    found = sum(lost) / len(lost) / samples.power
-    if not found < float("inf"):
-        raise CalibrationError(
-            f"adaround: {unit.name} gives NaN or inf for a batch; drop that batch, or repair the "
-            "weights"
-        )
-    return found
+def mean_error(run: Run, samples: Samples) -> float:
+    """Error over all calls of a unit, relative to the targets' variance, as it rounds now."""
+    lost = [float(error(run(inputs), target)) for inputs, target in samples]
+    return sum(lost) / len(lost) / samples.power
 
 
 @torch.no_grad()
-def commit(weight: Weight, up: torch.Tensor) -> int:
-    """Move a float weight onto its chosen levels; how many elements left their nearest level.
+def commit(weight: Weight, up: torch.Tensor) -> float:
+    """Move a float weight onto its chosen levels; what percentage left their nearest level.
 
     An element that its dtype can't put there (bfloat16 beside fine levels) stays where it was.
     """
-    soft, before, nearest = (
-        SoftWeight(weight.rows, weight.quant),
-        weight.rows.clone(),
-        weight.index(),
-    )
+    soft, nearest = SoftWeight(weight.rows, weight.quant), weight.index()
+    before = weight.rows.clone()
     chosen = soft.index + up.int()
     weight.write(torch.where(soft.free, soft.committed(up).to(before.dtype), before))
     missed = weight.index().int() != chosen
     if bool(missed.any()):
         weight.write(torch.where(missed, before, weight.rows))
-    return int((weight.index() != nearest).sum())
+    return 100 * float((weight.index() != nearest).double().mean())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import accumulate
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch.utils import _pytree as pytree
 
 from ..values import tensors_in
 from .shelf import Held, Kept
+from .units import Run
 
 #: Largest relative squared difference of results that one call gives for rows of several.
 _SAME = 1e-3
@@ -32,14 +33,14 @@ class Samples:
     whole calls where it does not (other sizes in each, recurrent layers with time first).
     """
 
-    def __init__(self, samples: list[Sample], run: Callable[[Any], Any], size: int) -> None:
+    def __init__(self, samples: list[Sample], run: Run, size: int) -> None:
         self.samples, self.size = samples, size
         sizes = [_rows(sample) for sample in samples]
         self.by_rows = all(sizes) and _alike(samples) and self._splits(run, sizes)
         self.ends = list(accumulate(sizes)) if self.by_rows else []
         self.power = self._power()
 
-    def _splits(self, run: Callable[[Any], Any], sizes: list[int]) -> bool:
+    def _splits(self, run: Run, sizes: list[int]) -> bool:
         """Whether the very first row and the very last give together what they give apart."""
         ends = [(self.samples[0], 0), (self.samples[-1], sizes[-1] - 1)]
         if sum(sizes) < 2:

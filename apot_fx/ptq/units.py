@@ -23,6 +23,8 @@ from .weights import Weight
 
 #: Told of what a unit gets or gives in one call.
 Tell = Callable[[Any], None]
+#: What a unit of one model gives for what it gets.
+Run = Callable[[Any], Any]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +50,8 @@ class Unit(abc.ABC):
         """A context in which every call tells what it gives."""
 
     @abc.abstractmethod
-    def run(self, model: nn.Module, inputs: Any) -> Any:
-        """What it gives for what it got."""
+    def bound(self, model: nn.Module) -> Run:
+        """The unit of a model, to be run on what was seen."""
 
 
 class LayerUnit(Unit):
@@ -81,10 +83,10 @@ class LayerUnit(Unit):
         finally:
             handle.remove()
 
-    def run(self, model: nn.Module, inputs: Any) -> Any:
-        args, kwargs = inputs
+    def bound(self, model: nn.Module) -> Run:
         # Not the layer itself: a user's hooks have been told of the call.
-        return model.get_submodule(self.path).forward(*args, **kwargs)
+        forward = model.get_submodule(self.path).forward
+        return lambda inputs: forward(*inputs[0], **inputs[1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,16 +128,21 @@ class BlockUnit(Unit):
         finally:
             del stage.__dict__["forward"]
 
-    def run(self, model: nn.Module, inputs: Any) -> Any:
+    def bound(self, model: nn.Module) -> Run:
         stage = model.get_submodule(self.path)
         assert isinstance(stage, StageModule)
         by_name = {node.name: node for node in stage.graph.nodes}
+        given, nodes = ([by_name[name] for name in names] for names in (self.inputs, self.nodes))
         part = fx.Interpreter(stage, garbage_collect_values=False)
-        for name, value in zip(self.inputs, inputs, strict=True):
-            part.env[by_name[name]] = value
-        for name in self.nodes:
-            part.env[by_name[name]] = part.run_node(by_name[name])
-        return part.env[by_name[self.end]]
+
+        def run(inputs: Any) -> Any:
+            part.env = dict(zip(given, inputs, strict=True))
+            for node in nodes:
+                part.env[node] = part.run_node(node)
+            found, part.env = part.env[by_name[self.end]], {}
+            return found
+
+        return run
 
 
 class _Watched(fx.Interpreter):

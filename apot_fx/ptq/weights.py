@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 
 from ..fake_quant import FakeQuantize
-from ..graph import called_module, constant_value, reads_metadata
+from ..graph import called_module, constant_value, reads_metadata, value_kind
 from ..nn import EMBEDDINGS, PreparedLayer, PreparedOp, PreparedRecurrent, PreparedWeighted
 from ..passes.annotate import has_weights, is_computed_inside
 from ..passes.functional_layers import computed_operands, constants
@@ -160,7 +160,8 @@ def _float_calls(model: nn.Module) -> Iterator[tuple[str, Span | None]]:
 
 def _float_reader(stage: StageModule, node: fx.Node, constant: set[fx.Node]) -> fx.Node | None:
     for user in node.users:
-        if reads_metadata(user):
+        is_attribute = user.target is getattr and value_kind(user) == "other"  # a dtype, say
+        if is_attribute or reads_metadata(user):
             continue
         if user in constant:
             found = _float_reader(stage, user, constant)

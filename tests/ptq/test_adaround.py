@@ -14,9 +14,11 @@ from torch import nn
 import apot_fx
 from apot_fx import ActivationSpec, QConfig, QConfigMapping, WeightSpec
 from apot_fx.errors import ApotError, CalibrationError, ConfigError, StageError, TensorError
+from apot_fx.nn import PreparedLayer
 from apot_fx.ptq import adaround
 from apot_fx.values import same_bits
 from tests.nets import calibrated, seeded
+from tests.random_models import RandomModel
 
 W3A8 = QConfig.from_preset("w3a8")
 Net = Callable[[], nn.Module]
@@ -237,6 +239,23 @@ def test_the_same_seed_gives_the_same_bits_and_leaves_the_rest_alone() -> None:
         states.append(prepared.state_dict())
     assert same_bits(states[0], states[1]) and same_bits(states[0], states[2])
     assert not same_bits(states[0], states[3])
+
+
+@pytest.mark.parametrize("with_example", [False, True])
+@pytest.mark.parametrize("seed", range(3))
+def test_random_models(seed: int, with_example: bool) -> None:
+    model = RandomModel(seed).eval()
+    batches = [model.batch(3, 6), model.batch(5, 6), model.batch(2, 8)]
+    example = batches[0] if with_example else None
+    prepared = apot_fx.prepare_apot(model, "w4a4", example_inputs=example)
+    apot_fx.calibrate(prepared, batches, progress=False)
+    table = adaround(prepared, batches, steps=10, progress=False)
+    assert {row["weight"] for row in table.rows} >= {
+        f"{name}.weight"
+        for name, module in prepared.named_modules()
+        if isinstance(module, PreparedLayer)
+    }
+    apot_fx.check_parity(prepared, apot_fx.convert_apot(prepared), batches).raise_if_failed()
 
 
 def test_calls_as_calibrate_was_told() -> None:

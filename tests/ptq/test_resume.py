@@ -16,7 +16,8 @@ from torch import nn
 
 from apot_fx import QConfig
 from apot_fx.errors import StateError
-from apot_fx.ptq import adaround, learn
+from apot_fx.ptq import adaround, learn, run
+from apot_fx.ptq.weights import Weight
 from apot_fx.values import same_bits
 from tests.nets import calibrated, seeded
 
@@ -70,33 +71,44 @@ def test_interrupted_and_resumed(
 
 
 SCRIPT = """
-import sys, torch
+import sys
 sys.path.insert(0, {root!r})
 from tests.ptq.test_resume import OPTIONS, start
 from apot_fx.ptq import adaround
-torch.set_num_threads(1)
 prepared, batches = start()
-adaround(prepared, batches, **{{**OPTIONS, "steps": 400}}, checkpoint=sys.argv[1])
-torch.save(prepared.state_dict(), sys.argv[2])
+adaround(prepared, batches, **OPTIONS, checkpoint={file!r})
 """
 
 
-def test_killed_and_resumed(tmp_path: Path) -> None:
-    root = str(Path(__file__).parents[2])
-    environment = {**os.environ, "PYTHONPATH": root}
-    states = []
-    for kill in (True, False):
-        checkpoint, result = tmp_path / f"{kill}.pt", tmp_path / f"{kill}.state"
-        command = [sys.executable, "-c", SCRIPT.format(root=root), str(checkpoint), str(result)]
-        if kill:
-            process = subprocess.Popen(command, env=environment)
-            while not checkpoint.exists() and process.poll() is None:
-                time.sleep(0.01)
-            process.send_signal(signal.SIGKILL)
-            assert process.wait() == -signal.SIGKILL and not result.exists()
-        subprocess.run(command, env=environment, check=True)
-        states.append(torch.load(result))
-    assert same_bits(*states)
+def test_killed_and_resumed(tmp_path: Path, whole: object) -> None:
+    root, file = str(Path(__file__).parents[2]), tmp_path / "killed.pt"
+    command = [sys.executable, "-c", SCRIPT.format(root=root, file=str(file))]
+    process = subprocess.Popen(command, env={**os.environ, "PYTHONPATH": root})
+    while not file.exists() and process.poll() is None:
+        time.sleep(0.001)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    prepared, batches = start()
+    adaround(prepared, batches, **OPTIONS, checkpoint=file)
+    assert same_bits(whole, prepared.state_dict())
+
+
+def test_interrupted_while_it_commits(monkeypatch: pytest.MonkeyPatch) -> None:
+    prepared, batches = start()
+    before, calls = copy.deepcopy(prepared.state_dict()), 0
+
+    def interrupting(weight: Weight, up: torch.Tensor) -> float:
+        nonlocal calls
+        calls += weight.value.data_ptr() in own
+        if calls == 3:
+            raise KeyboardInterrupt
+        return learn.commit(weight, up)
+
+    own = {p.data_ptr() for p in prepared.parameters()}
+    monkeypatch.setattr(run, "commit", interrupting)
+    with pytest.raises(KeyboardInterrupt):
+        adaround(prepared, batches, **OPTIONS)
+    assert calls == 3 and same_bits(before, prepared.state_dict())
 
 
 def test_a_finished_checkpoint_is_replayed(

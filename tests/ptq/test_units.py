@@ -115,7 +115,7 @@ def test_a_unit_gives_what_the_model_gives_there() -> None:
             with unit.watch_outputs(prepared, gave.append):
                 prepared(x)
             assert len(got) == len(gave) == 1
-            assert same_bits(unit.run(prepared, got[0]), gave[0]), unit.name
+            assert same_bits(unit.bound(prepared)(got[0]), gave[0]), unit.name
 
 
 class Odd(nn.Module):

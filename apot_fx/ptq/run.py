@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -24,7 +25,7 @@ from .shelf import Shelf
 from .units import Unit, find_units
 from .weights import find_weights
 
-_COLUMNS = ("weight", "elements", "moved %", "learned with", "error before", "error after", "why")
+_COLUMNS = ("weight", "moved %", "learned with", "error before", "error after", "why")
 
 
 def adaround(
@@ -41,12 +42,12 @@ def adaround(
 ) -> Table:
     """Learn for each weight whether it goes to the level below or above, and commit that.
 
-    Unit by unit, in the order in which they run: blocks of the graphs (residual blocks, two layers
-    of a chain) and layers that Python code calls. A unit gets what the model quantized so far gives
-    it, its own activation quantizers included, and shall give what the float model gives. α, level
-    sets and biases stay. A learned weight is then moved onto its level, so rounding to nearest
-    gives the learned index, in prepared, in converted and from a saved state_dict. On any error or
-    interruption ``prepared`` is as it was. Random state and modes are restored.
+    Unit by unit, in the order in which they run: blocks of the graphs (residual blocks, three
+    layers of a chain) and layers that Python code calls. A unit gets what the model quantized so
+    far gives it, its own activation quantizers included, and shall give what the float model gives.
+    α, level sets and biases stay. A learned weight is then moved onto its level, so rounding to
+    nearest gives the learned index, in prepared, in converted and from a saved state_dict. On any
+    error or interruption ``prepared`` is as it was. Random state and modes are restored.
 
     Args:
         prepared: a calibrated prepared model; its float weights change.
@@ -83,7 +84,7 @@ def adaround(
     >>> apot_fx.calibrate(prepared, batches)
     >>> table = adaround(prepared, batches, steps=100)
     >>> [(row["weight"], row["learned with"]) for row in table.rows]
-    [('0.weight', '0 … 2'), ('2.weight', '0 … 2')]
+    [('0.weight', '0 … 2'), ('2.weight', '2')]
     >>> table.rows[0]["error after"] <= table.rows[0]["error before"]
     True
     """
@@ -158,8 +159,7 @@ class _Run:
                 if learned is None:
                     learned = self._learn(unit, number, show)
                     self.file.add(unit.name, learned)
-                else:
-                    bar.update(steps)
+                bar.update((number + 1) * steps - bar.n)
                 for name, up in learned.up.items():
                     commit(self.weights[name], up)
 
@@ -170,14 +170,22 @@ class _Run:
         floats = {name: weight.value.clone() for name, weight in weights.items()}
         with Shelf(max(0, self.limit)) as cache:
             calls = collect(unit, student, self.prepared, self.runs, self.times, cache)
-            samples = Samples(calls, lambda given: unit.run(student, given), settings.batch_size)
-            before = mean_error(unit, student, samples)
-            up = {}
+            if not calls:
+                return Learned(0.0, 0.0, {})
+            run = unit.bound(student)
+            samples = Samples(calls, run, settings.batch_size)
+            before = mean_error(run, samples)
+            if not math.isfinite(before):
+                raise CalibrationError(
+                    f"adaround: {unit.name} gives NaN or inf for a batch; drop that batch, or "
+                    "repair the weights"
+                )
+            up: dict[str, torch.Tensor] = {}
             if before > 0:
-                up = learn(unit, student, weights, samples, before, settings, number, show)
+                up = learn(run, weights, samples, before, settings, number, show)
             for name, chosen in up.items():
                 commit(weights[name], chosen)
-            after = mean_error(unit, student, samples)
+            after = mean_error(run, samples)
         for name, weight in weights.items():
             weight.value.copy_(floats[name])
         if not after < before:
@@ -185,21 +193,31 @@ class _Run:
         return Learned(before, after, {name: up[name] for name in unit.weights})
 
     def commit(self) -> Table:
-        """Move the model's own weights, and tell."""
+        """Move the model's own weights, all or none, and tell."""
+        del self.student, self.weights
         weights, _ = find_weights(self.prepared)
-        rows: dict[str, dict[str, object]] = {}
-        for unit in self.units:
-            learned = self.file.units[unit.name]
-            for name in unit.weights:
-                moved = commit(weights[name], learned.up[name]) if name in learned.up else 0
-                why = "" if name in learned.up else "nothing better than the nearest was found"
-                count = weights[name].value.numel()
-                cells = (100 * moved / count, unit.name, learned.before, learned.after, why)
-                rows[name] = _row(name, count, *cells)
-        for name, why in self.left.items():
-            rows[name] = _row(name, None, None, "", None, None, why)
+        floats: dict[str, torch.Tensor] = {}
+        moved: dict[str, float] = {}
+        try:
+            for learned in self.file.units.values():
+                for name, up in learned.up.items():
+                    floats[name] = weights[name].value.clone()
+                    moved[name] = commit(weights[name], up)
+        except BaseException:
+            for name, value in floats.items():
+                weights[name].value.copy_(value)
+            raise
+        rows = [
+            self._told(unit, name, moved.get(name)) for unit in self.units for name in unit.weights
+        ]
+        rows += [_row(name, None, "", None, None, why) for name, why in self.left.items()]
         title = f"adaround: {len(self.units)} units, {self.settings.steps} steps each"
-        return Table(_COLUMNS, list(rows.values()), title=title)
+        return Table(_COLUMNS, rows, title=title)
+
+    def _told(self, unit: Unit, name: str, moved: float | None) -> dict[str, object]:
+        learned = self.file.units[unit.name]
+        why = "" if moved is not None else "nothing better than the nearest was found"
+        return _row(name, moved or 0.0, unit.name, learned.before, learned.after, why)
 
 
 def _row(*cells: object) -> dict[str, object]:
