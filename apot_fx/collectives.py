@@ -15,13 +15,14 @@ import torch.distributed as dist
 from .errors import CalibrationError
 
 
-def _several_ranks() -> bool:
+def several_ranks() -> bool:
+    """Whether this process is one of several that observe together."""
     return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 def largest_of_ranks(values: torch.Tensor) -> torch.Tensor:
     """The largest value over all ranks, element by element."""
-    if _several_ranks():
+    if several_ranks():
         values = values.clone()
         dist.all_reduce(values, dist.ReduceOp.MAX)
     return values
@@ -29,7 +30,7 @@ def largest_of_ranks(values: torch.Tensor) -> torch.Tensor:
 
 def sum_of_ranks(values: torch.Tensor) -> torch.Tensor:
     """The sum over all ranks, element by element."""
-    if _several_ranks():
+    if several_ranks():
         values = values.clone()
         dist.all_reduce(values, dist.ReduceOp.SUM)
     return values
@@ -44,7 +45,7 @@ def in_step(batches: Iterable[Any], device: torch.device) -> Iterator[Any]:
     Without it, observers of the longer ranks would wait for the shorter ones. ``device`` is where
     the ranks exchange whether they go on.
     """
-    if not _several_ranks():
+    if not several_ranks():
         yield from batches
         return
     source, count = iter(batches), 0

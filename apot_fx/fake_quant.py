@@ -158,10 +158,11 @@ class FakeQuantize(nn.Module):
                 )
             )
             return
-        self.observer(x)
         if self.state != OBSERVING:
-            self._set_alpha(self.observer.propose(self.known_level_set()))
-        elif self.training and self.observer.seen:
+            self.observer.follow(x, self.known_level_set(), self.alpha)
+            return
+        self.observer(x)
+        if self.training and self.observer.seen:
             # First train forward without calibration: one batch says too little about signs.
             self._leave_observing(signed=self.known_sign is not False)
 

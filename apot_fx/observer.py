@@ -12,18 +12,13 @@ import abc
 import torch
 from torch import nn
 
-from .collectives import largest_of_ranks, sum_of_ranks
+from .collectives import largest_of_ranks, several_ranks, sum_of_ranks
 from .config import ACTIVATION_OBSERVERS, check_choice
 from .errors import CalibrationError, TensorError
-from .kernels import ALPHA_MAX, ALPHA_MIN, reference
+from .kernels import ALPHA_MAX, ALPHA_MIN, eager, reference
 from .kernels.layout import rows_of
+from .kernels.reference import BINS, SUB_BITS
 from .levels import LevelSet
-
-#: Histogram: bins per octave (a power of two), and octaves from 2^-40 to 2^40.
-_SUB_BITS = 5
-_OCTAVES = 80
-_BINS = _OCTAVES << _SUB_BITS
-_FIRST = (127 - 40) << _SUB_BITS
 
 
 def covering_alpha(low: torch.Tensor, high: torch.Tensor, level_set: LevelSet) -> torch.Tensor:
@@ -37,6 +32,12 @@ def covering_alpha(low: torch.Tensor, high: torch.Tensor, level_set: LevelSet) -
     if level_set.q_min < 0:
         alpha = torch.maximum(alpha, (-low).clamp(min=0) * (unit / -level_set.q_min))
     return alpha.clamp(ALPHA_MIN, ALPHA_MAX)
+
+
+def _of_ranks(ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Smallest and largest values over all ranks."""
+    joined = largest_of_ranks(torch.stack((-ends[0], ends[1])))
+    return -joined[0], joined[1]
 
 
 class Observer(nn.Module, abc.ABC):
@@ -89,12 +90,16 @@ class Observer(nn.Module, abc.ABC):
 
     def _ends(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Smallest and largest finite value per α, over all ranks; inf and −inf for none."""
-        found = torch.ops.apot_fx.ends(x) if self.axis is None else reference.ends(self._rows(x))
-        ends = largest_of_ranks(torch.stack((-found[0], found[1])))
-        return -ends[0], ends[1]
+        one = self.axis is None
+        return _of_ranks(torch.ops.apot_fx.ends(x) if one else reference.ends(self._rows(x)))
 
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         return rows_of(x.float(), self.axis, self.group_size)
+
+    def follow(self, x: torch.Tensor, level_set: LevelSet, alpha: torch.Tensor) -> None:
+        """Observe ``x`` and write the α then proposed into ``alpha``."""
+        self(x)
+        alpha.copy_(self.propose(level_set))
 
     def _widen(self, low: torch.Tensor, high: torch.Tensor) -> None:
         self.low.copy_(torch.minimum(self.low, low.reshape(self.low.shape)))
@@ -131,8 +136,16 @@ class Observer(nn.Module, abc.ABC):
 class MinMaxObserver(Observer):
     """α covers everything seen."""
 
+    constant = 0.0
 
-class MovingAverageObserver(Observer):
+    def follow(self, x: torch.Tensor, level_set: LevelSet, alpha: torch.Tensor) -> None:
+        here = self.axis is None and not several_ranks()
+        seen = (self.low, self.high, alpha, level_set.spec, self.constant)
+        if not here or not eager.follow(x, *seen):
+            super().follow(x, level_set, alpha)
+
+
+class MovingAverageObserver(MinMaxObserver):
     """α covers a moving average of each batch's range: ``ends += 0.1 · (batch's ends − ends)``.
 
     The first batch starts the average. It depends on the order of batches, so it can't be merged.
@@ -166,17 +179,15 @@ class HistogramObserver(Observer):
         self, shape: tuple[int, ...] = (), axis: int | None = None, group_size: int | None = None
     ) -> None:
         super().__init__(shape, axis, group_size)
-        self.register_buffer("counts", torch.zeros(*shape, 2, _BINS, dtype=torch.int64))
+        self.register_buffer("counts", torch.zeros(*shape, 2, BINS, dtype=torch.int64))
 
     def update(self, x: torch.Tensor) -> None:
-        super().update(x)
-        rows = self._rows(x)
-        finite = rows.isfinite()
-        bits = rows.abs().contiguous().view(torch.int32) >> (23 - _SUB_BITS)
-        place = (bits - _FIRST).clamp(0, _BINS - 1).long()
-        row = torch.arange(len(rows), device=rows.device).unsqueeze(1)
-        place = (2 * row + (rows < 0).long()) * _BINS + place
-        counts = torch.bincount(place[finite], minlength=2 * _BINS * len(rows))
+        if self.axis is None:
+            ends, counts = torch.ops.apot_fx.histogram(x)
+        else:
+            rows = self._rows(x)
+            ends, counts = reference.ends(rows), reference.histogram(rows)
+        self._widen(*_of_ranks(ends))
         self.counts += sum_of_ranks(counts).reshape(self.counts.shape)
 
     def reset(self) -> None:
@@ -190,15 +201,15 @@ class HistogramObserver(Observer):
 
     def _magnitudes(self, level_set: LevelSet) -> torch.Tensor:
         """Counts per α and magnitude bin, float64, of the signs that the set can hold."""
-        counts = self.counts.reshape(-1, 2, _BINS).double()
+        counts = self.counts.reshape(-1, 2, BINS).double()
         return counts[:, 0] + counts[:, 1] if level_set.signed else counts[:, 0]
 
 
 def _edges(device: torch.device) -> torch.Tensor:
     """Lower edges of the magnitude bins and the upper edge of the last, float64."""
-    place = torch.arange(_BINS + 1, device=device)
-    octave, part = place >> _SUB_BITS, place & ((1 << _SUB_BITS) - 1)
-    return torch.ldexp(1 + part.double() / (1 << _SUB_BITS), octave - 40)
+    place = torch.arange(BINS + 1, device=device)
+    octave, part = place >> SUB_BITS, place & ((1 << SUB_BITS) - 1)
+    return torch.ldexp(1 + part.double() / (1 << SUB_BITS), octave - 40)
 
 
 class PercentileObserver(HistogramObserver):
@@ -209,7 +220,7 @@ class PercentileObserver(HistogramObserver):
     def propose(self, level_set: LevelSet) -> torch.Tensor:
         counts = self._magnitudes(level_set)
         wanted = counts.sum(1, keepdim=True) * (self.percentile / 100)
-        place = torch.searchsorted(counts.cumsum(1), wanted).squeeze(1).clamp(max=_BINS - 1)
+        place = torch.searchsorted(counts.cumsum(1), wanted).squeeze(1).clamp(max=BINS - 1)
         edge = _edges(counts.device)[1:][place].float().reshape(self.low.shape)
         return torch.minimum(edge, super().propose(level_set)).clamp(ALPHA_MIN, ALPHA_MAX)
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from ..levels import LevelSet
-from . import native, reference
+from . import native, packing, reference
 from .layout import Layout, dense, layout_of
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
@@ -202,8 +202,29 @@ def quantize(
     address = _address(x, alpha, spec, indices=True)
     if not address:
         return reference.quantize(x, alpha, spec, axis, group_size)
-    where, kind = (axis, group_size), _DTYPES[x.dtype]
-    return _forward("apot_quantize", x, alpha, address, where, torch.uint8, kind)
+    kinds = (_DTYPES[x.dtype], 0)
+    return _forward("apot_quantize", x, alpha, address, (axis, group_size), torch.uint8, *kinds)
+
+
+def quantize_packed(
+    x: torch.Tensor,
+    alpha: torch.Tensor,
+    spec: str,
+    axis: int | None = None,
+    group_size: int | None = None,
+) -> torch.Tensor:
+    """``pack(quantize(…))`` at the set's stored bits."""
+    address = _address(x, alpha, spec, indices=True) if x.is_contiguous() else 0
+    rows = _Rows(x, axis, group_size) if address else None
+    # Logical order is memory order, and no value has an α of its own.
+    if rows is None or rows.x.data_ptr() != x.data_ptr() or rows.layout.inner == 1:
+        index = quantize(x, alpha, spec, axis, group_size)
+        return pack(index, LevelSet.parse(spec).bits)
+    bits, clip = LevelSet.parse(spec).bits, alpha.contiguous()
+    out = torch.empty(packing.packed_size(x.numel(), bits), dtype=torch.uint8)
+    at = (x.data_ptr(), out.data_ptr(), clip.data_ptr(), address)
+    _run("apot_quantize", *at, *rows.layout, _DTYPES[x.dtype], bits)
+    return out
 
 
 def dequantize(
@@ -221,10 +242,67 @@ def dequantize(
     return _forward("apot_dequantize", index, alpha, address, (axis, group_size), torch.float32)
 
 
+def _is_dense(x: torch.Tensor) -> bool:
+    """Whether the compiled kernels can read a tensor in whatever order it lies in memory."""
+    return _LIBRARY is not None and _takes(x, _FLOAT) and layout_of(x, None) is not None
+
+
 def ends(x: torch.Tensor) -> torch.Tensor:
     """As :func:`reference.ends` of ``x.flatten()``."""
-    if _LIBRARY is None or not _takes(x, _FLOAT) or layout_of(x, None) is None:
+    if not _is_dense(x):
         return reference.ends(x.flatten())
     out = torch.empty(2)
     _run("apot_ends", x.data_ptr(), x.numel(), _DTYPES[x.dtype], out.data_ptr())
+    return out
+
+
+def histogram(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """``ends`` and :func:`reference.histogram` of ``x.flatten()``, in one pass."""
+    if not _is_dense(x):
+        flat = x.flatten()
+        return reference.ends(flat), reference.histogram(flat)
+    found, counts = torch.empty(2), torch.zeros(2, reference.BINS, dtype=torch.int64)
+    at = (found.data_ptr(), counts.data_ptr())
+    _run("apot_histogram", x.data_ptr(), x.numel(), _DTYPES[x.dtype], *at)
+    return found, counts
+
+
+def follow(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    alpha: torch.Tensor,
+    spec: str,
+    constant: float,
+) -> bool:
+    """Take ``x`` into the range seen so far and set α by it, all in place; False: not done.
+
+    ``constant``: of a moving average of the range; 0 for the range itself.
+    """
+    if not (_is_dense(x) and low.is_cpu and alpha.is_cpu and alpha.dim() == 0):
+        return False
+    address = _set_address(spec, False)
+    if not address:
+        return False
+    at = (t.data_ptr() for t in (low, high, alpha))
+    _run("apot_follow", x.data_ptr(), x.numel(), _DTYPES[x.dtype], *at, address, constant)
+    return True
+
+
+def pack(index: torch.Tensor, bits: int) -> torch.Tensor:
+    """As :func:`packing.pack`."""
+    if _LIBRARY is None or bits > 8 or index.dtype is not torch.uint8 or not index.is_cpu:
+        return packing.pack(index, bits)
+    flat = index.contiguous()
+    out = torch.empty(packing.packed_size(flat.numel(), bits), dtype=torch.uint8)
+    _run("apot_pack", flat.data_ptr(), out.data_ptr(), flat.numel(), bits)
+    return out
+
+
+def unpack(packed: torch.Tensor, bits: int, shape: list[int]) -> torch.Tensor:
+    """As :func:`packing.unpack`."""
+    if _LIBRARY is None or bits > 8 or not packed.is_cpu:
+        return packing.unpack(packed, bits, shape)
+    flat, out = packed.contiguous(), torch.empty(shape, dtype=torch.uint8)
+    _run("apot_unpack", flat.data_ptr(), out.data_ptr(), out.numel(), bits)
     return out

@@ -38,6 +38,20 @@ def fake_quantize(
     return dispatch.fake_quantize(*arguments)
 
 
+def follow(
+    x: torch.Tensor,
+    low: torch.Tensor,
+    high: torch.Tensor,
+    alpha: torch.Tensor,
+    spec: str,
+    constant: float,
+) -> bool:
+    """:func:`dispatch.follow`, where nobody is watching; False: not done."""
+    if type(x) not in _PLAIN or _watched(x):
+        return False
+    return dispatch.follow(x, low, high, alpha, spec, constant)
+
+
 def _watched(x: torch.Tensor) -> bool:
     """Whether something other than plain eager autograd is to see the call.
 

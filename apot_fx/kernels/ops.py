@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-from . import dispatch, packing, products, reference, sums
+from ..levels import LevelSet
+from . import dispatch, products, reference, sums
 
 _LIBRARY = torch.library.Library("apot_fx", "DEF")
 _WHERE = "int? axis=None, int? group_size=None"
@@ -69,6 +70,18 @@ def _fake_unpack(packed: torch.Tensor, bits: int, shape: list[int]) -> torch.Ten
     return packed.new_empty(shape, dtype=torch.uint8 if bits <= 8 else torch.int16)
 
 
+def _fake_packed(x: torch.Tensor, alpha: torch.Tensor, level_set: str, *where: Any) -> torch.Tensor:
+    return _fake_pack(x, LevelSet.parse(level_set).bits)
+
+
+def _fake_ends(x: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(2, dtype=torch.float32)
+
+
+def _fake_histogram(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    return _fake_ends(x), x.new_empty((2, reference.BINS), dtype=torch.int64)
+
+
 def _fake_linear(x: torch.Tensor, w: torch.Tensor, *rest: Any) -> torch.Tensor:
     return x.new_empty((*x.shape[:-1], w.shape[0]), dtype=torch.float32)
 
@@ -83,13 +96,16 @@ _define(f"fake_quantize(Tensor x, Tensor alpha, str level_set, {_WHERE}, str gra
 _define("fake_quantize_backward(Tensor grad, Tensor x, Tensor alpha, str level_set, int? axis, "
         "int? group_size, str mode) -> (Tensor, Tensor)",
         dispatch.fake_quantize_backward, _fake_backward)  # fmt: skip
-_define("ends(Tensor x) -> Tensor", dispatch.ends, lambda x: x.new_empty(2, dtype=torch.float32))
+_define(f"quantize_packed(Tensor x, Tensor alpha, str level_set, {_WHERE}) -> Tensor",
+        dispatch.quantize_packed, _fake_packed)  # fmt: skip
+_define("ends(Tensor x) -> Tensor", dispatch.ends, _fake_ends)
+_define("histogram(Tensor x) -> (Tensor, Tensor)", dispatch.histogram, _fake_histogram)
 _define("levels(Tensor index, str level_set) -> Tensor", _levels, _fake_levels)
 _define(f"to_levels(Tensor x, Tensor alpha, str level_set, {_WHERE}) -> Tensor",
         reference.to_levels, _fake_levels)  # fmt: skip
-_define("pack(Tensor index, int bits) -> Tensor", packing.pack, _fake_pack)
+_define("pack(Tensor index, int bits) -> Tensor", dispatch.pack, _fake_pack)
 _define("unpack(Tensor packed, int bits, SymInt[] shape) -> Tensor",
-        packing.unpack, _fake_unpack)  # fmt: skip
+        dispatch.unpack, _fake_unpack)  # fmt: skip
 _define("linear(Tensor x, Tensor w, Tensor s, Tensor b, bool wide) -> Tensor",
         products.linear, _fake_linear)  # fmt: skip
 _define("linear_grouped(Tensor x, Tensor w, Tensor s, Tensor b, int group_size, bool wide) "

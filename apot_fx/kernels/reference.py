@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import math
 
 import torch
 import torch.nn.functional as functional
@@ -260,6 +261,28 @@ def ends(x: torch.Tensor) -> torch.Tensor:
     finite, infinity = x.isfinite(), float("inf")
     low = x.masked_fill(~finite, infinity).amin(-1)
     return torch.stack((low, x.masked_fill(~finite, -infinity).amax(-1)))
+
+
+#: Bins of a histogram: so many per octave (a power of two), in octaves from 2^-40 to 2^40.
+SUB_BITS, OCTAVES = 5, 80
+BINS = OCTAVES << SUB_BITS
+_FIRST_BIN = (127 - 40) << SUB_BITS
+
+
+def histogram(x: torch.Tensor) -> torch.Tensor:
+    """How many finite values along the last axis fall into each bin of magnitudes.
+
+    int64, ``(…, 2, BINS)``: positive, then negative values. Magnitudes below 2^-40 fall into the
+    first bin, from 2^40 on into the last.
+    """
+    rows = x.float().reshape(math.prod(x.shape[:-1]), x.shape[-1])
+    finite = rows.isfinite()
+    bits = rows.abs().contiguous().view(torch.int32) >> (23 - SUB_BITS)
+    place = (bits - _FIRST_BIN).clamp(0, BINS - 1).long()
+    row = torch.arange(len(rows), device=rows.device).unsqueeze(1)
+    place = (2 * row + (rows < 0).long()) * BINS + place
+    counts = torch.bincount(place[finite], minlength=2 * BINS * len(rows))
+    return counts.reshape(*x.shape[:-1], 2, BINS)
 
 
 #: Values per part: a chain of passes over so many stays in the cache, 3 times as fast.

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
 from apot_fx import LevelSet
-from apot_fx.kernels import dispatch, eager, native, reference, status
+from apot_fx.kernels import dispatch, eager, native, packing, reference, status
+from apot_fx.observer import MinMaxObserver, MovingAverageObserver, Observer
 
 LIBRARY = native.loaded()
 pytestmark = pytest.mark.skipif(LIBRARY is None, reason=status().reason)
@@ -219,6 +220,64 @@ def test_ends(dtype: torch.dtype) -> None:
         if count > 20:
             x[:10] = torch.tensor(SPECIAL[:3] * 3 + [5.0]).to(dtype)
             assert torch.equal(dispatch.ends(x), reference.ends(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_histogram(dtype: torch.dtype) -> None:
+    for count in (0, 1, 31, 64, 100, 40_000):
+        x = torch.randn(count).mul(10.0 ** torch.randint(-14, 14, (count,))).to(dtype)
+        if count > 20:
+            x[:12] = torch.tensor([*SPECIAL, 2.0**40, -(2.0**40)]).to(dtype)
+            x[12:15] = torch.tensor([2.0**-40, -(2.0**-41), 2.0**41]).to(dtype)
+        ends, counts = dispatch.histogram(x)
+        assert torch.equal(ends, reference.ends(x))
+        assert torch.equal(counts, reference.histogram(x))
+    grid = torch.randn(6, 8, 5, 4).to(memory_format=torch.channels_last)
+    for view in (grid, grid[:, ::2]):
+        assert torch.equal(dispatch.histogram(view)[1], reference.histogram(view.flatten()))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.lists(st.floats(width=32), max_size=9), min_size=1, max_size=4),
+    st.sampled_from(SETS),
+    st.sampled_from([MinMaxObserver, MovingAverageObserver]),
+)
+def test_following(
+    batches: list[list[float]], levels: LevelSet, kind: type[MinMaxObserver]
+) -> None:
+    """An observer that leads α: in one call as in three."""
+    one, other = kind(), kind()
+    alpha, expected = torch.ones(()), torch.ones(())
+    for batch in batches:
+        x = torch.tensor(batch, dtype=torch.float32)
+        one.follow(x, levels, alpha)
+        Observer.follow(other, x, levels, expected)
+        found = (alpha, one.low, one.high)
+        assert all(map(torch.equal, found, (expected, other.low, other.high)))
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_packing(bits: int) -> None:
+    for count in (*range(40), 65_535, 65_536, 70_001):
+        index = torch.randint(2**bits, (count,), dtype=torch.uint8)
+        packed = dispatch.pack(index, bits)
+        assert torch.equal(packed, packing.pack(index, bits))
+        assert torch.equal(dispatch.unpack(packed, bits, [count]), index)
+    index = torch.randint(2**bits, (6, 7), dtype=torch.uint8).t()
+    assert torch.equal(dispatch.pack(index, bits), packing.pack(index, bits))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "group"), [*SHAPES, ((5, 33_000), 0, None), ((3, 40_000), 0, 128)]
+)
+def test_quantize_packed(shape: tuple[int, ...], axis: int | None, group: int | None) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for levels in (*SETS[:6], LevelSet.uniform(8, True)):
+        for view in (x, x[:0], x.mT.contiguous().mT) if x.dim() > 1 else (x,):
+            where = (view, alpha_of(view, axis, group), levels.spec, axis, group)
+            expected = packing.pack(reference.quantize(*where), levels.bits)
+            assert torch.equal(dispatch.quantize_packed(*where), expected)
 
 
 def test_eager_and_operator_agree_with_gradients() -> None:

@@ -18,7 +18,7 @@ import torch
 
 from ...errors import ConfigError, did_you_mean
 
-#: From the fastest to the slowest, as ``entry.c`` numbers them.
+#: From the fastest to the slowest, as ``isa.c`` numbers them.
 ISAS = ("avx512vbmi", "avx512", "avx2", "neon", "portable")
 
 _VARIABLE = "APOT_FX_ISA"
@@ -26,10 +26,14 @@ _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _LAYOUT = (_LONG, _LONG, _LONG, _LONG)
 _SIGNATURES = {
     "apot_fake_quantize": (*(_POINTER,) * 4, *_LAYOUT, _INT, _INT, _INT, _INT),
-    "apot_quantize": (*(_POINTER,) * 4, *_LAYOUT, _INT, _INT),
+    "apot_quantize": (*(_POINTER,) * 4, *_LAYOUT, _INT, _INT, _INT),
     "apot_dequantize": (*(_POINTER,) * 4, *_LAYOUT, _INT),
     "apot_backward": (*(_POINTER,) * 6, *_LAYOUT, _INT, _INT),
     "apot_ends": (_POINTER, _LONG, _INT, _POINTER, _INT),
+    "apot_histogram": (_POINTER, _LONG, _INT, _POINTER, _POINTER, _INT),
+    "apot_follow": (_POINTER, _LONG, _INT, *(_POINTER,) * 4, ctypes.c_float, _INT),
+    "apot_pack": (_POINTER, _POINTER, _LONG, _INT, _INT),
+    "apot_unpack": (_POINTER, _POINTER, _LONG, _INT, _INT),
 }
 
 

@@ -49,6 +49,7 @@ typedef struct {
   int careful; /* some α is NaN */
   double *total; /* gradient of α: one sum, or (varies) one to add to for each value */
   float *ends;   /* smallest and largest finite value */
+  uint32_t *counts; /* histogram: APOT_COUNTS of them, added to */
 } apot_span;
 
 typedef struct {
@@ -58,12 +59,20 @@ typedef struct {
   void (*dequantize)(const apot_span *);
   void (*backward)(const apot_span *);
   void (*ends)(const apot_span *);
+  void (*histogram)(const apot_span *);
 } apot_kernels;
+
+/* Those that run. */
+extern const apot_kernels *apot_current;
 
 /* Values whose gradient for α is summed in one go; spans of `backward` are no longer. */
 #define APOT_BLOCK 4096
 /* Sums run in this many lanes, whatever the width of the machine's vectors. */
 #define APOT_LANES 32
+/* A histogram takes so many bits of a mantissa, and counts in so many places by turns. */
+#define APOT_SUB_BITS 5
+#define APOT_COPIES 4
+#define APOT_COUNTS (APOT_COPIES * (512 << APOT_SUB_BITS))
 
 #define APOT_INLINE static inline __attribute__((always_inline))
 

@@ -205,12 +205,10 @@ APOT_INLINE void back_loop(const apot_span *s, int in, int look, int varies) {
   *s->total = lanes[0];
 }
 
-/* the smallest and largest finite value, into s->ends */
+/* the smallest and largest finite value, into s->ends, and how often which pattern comes */
 
-APOT_INLINE void ends_step(const void *from, int64_t at, int in, vf low[VECTORS],
-                           vf high[VECTORS]) {
-  vf x[VECTORS], none[VECTORS];
-  load_step(from, at, in, x);
+APOT_INLINE void ends_of(const vf x[VECTORS], vf low[VECTORS], vf high[VECTORS]) {
+  vf none[VECTORS];
   EACH_VECTOR none[part] = v_mul(x[part], v_set(0)); /* NaN where x is not finite */
   if (v_any_nan(none)) {
     EACH_VECTOR {
@@ -224,18 +222,37 @@ APOT_INLINE void ends_step(const void *from, int64_t at, int in, vf low[VECTORS]
   }
 }
 
-APOT_INLINE void ends_loop(const apot_span *s, int in) {
+/* Sign, exponent and leading bits. Neighbours are counted apart: adding to one place twice in a row
+ * takes the time of a store and a load. */
+APOT_INLINE void count_step(const vf x[VECTORS], int64_t count, uint32_t *counts) {
+  vf plain[VECTORS];
+  uint32_t bits[STEP];
+  EACH_VECTOR plain[part] = v_sub(x[part], v_set(-0.0f)); /* -0 becomes 0 */
+  store_step(bits, 0, plain, APOT_F32);
+  for (int64_t at = 0; at < count; at++)
+    counts[APOT_COPIES * (bits[at] >> (23 - APOT_SUB_BITS)) + at % APOT_COPIES]++;
+}
+
+APOT_INLINE void seen_step(const apot_span *s, const void *from, int64_t at, int64_t count, int in,
+                           int counts, vf low[VECTORS], vf high[VECTORS]) {
+  vf x[VECTORS];
+  load_step(from, at, in, x);
+  ends_of(x, low, high);
+  if (counts) count_step(x, count, s->counts);
+}
+
+APOT_INLINE void seen_loop(const apot_span *s, int in, int counts) {
   vf low[VECTORS], high[VECTORS];
   uint32_t last[STEP];
   EACH_VECTOR low[part] = v_set(INFINITY);
   EACH_VECTOR high[part] = v_set(-INFINITY);
-  OVER_SPAN(s->count, ends_step(s->x, at, in, low, high), {
+  OVER_SPAN(s->count, seen_step(s, s->x, at, STEP, in, counts, low, high), {
     size_t size = size_of(in);
     const char *rest = (const char *)s->x + at * size;
     /* Filled up with a value that is there. */
     for (int64_t lane = 0; lane < STEP; lane++)
       memcpy((char *)last + lane * size, rest + (lane < left ? lane : 0) * size, size);
-    ends_step(last, 0, in, low, high);
+    seen_step(s, last, 0, left, in, counts, low, high);
   });
   for (int part = 1; part < VECTORS; part++) {
     low[0] = v_min(low[0], low[part]);
@@ -286,8 +303,14 @@ static void backward(const apot_span *s) {
   else if (s->in == APOT_BF16) BY_LOOK(back_loop, APOT_BF16);
   else BY_LOOK(back_loop, APOT_F16);
 }
-static void ends(const apot_span *s) {
-  if (s->in == APOT_F32) ends_loop(s, APOT_F32);
-  else if (s->in == APOT_BF16) ends_loop(s, APOT_BF16);
-  else ends_loop(s, APOT_F16);
+APOT_INLINE void seen(const apot_span *s, int counts) {
+  if (s->in == APOT_F32) seen_loop(s, APOT_F32, counts);
+  else if (s->in == APOT_BF16) seen_loop(s, APOT_BF16, counts);
+  else seen_loop(s, APOT_F16, counts);
 }
+static void ends(const apot_span *s) { seen(s, 0); }
+static void histogram(const apot_span *s) { seen(s, 1); }
+
+/* Each isa_*.c names the set of these. */
+#define APOT_KERNELS(name) \
+  { name, fake_quantize, quantize, dequantize, backward, ends, histogram }

@@ -12,7 +12,7 @@
 
 #include "body.h"
 
-const apot_kernels apot_avx2 = {"avx2", fake_quantize, quantize, dequantize, backward, ends};
+const apot_kernels apot_avx2 = APOT_KERNELS("avx2");
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -13,7 +13,7 @@
 
 #include "body.h"
 
-const apot_kernels apot_avx512 = {"avx512", fake_quantize, quantize, dequantize, backward, ends};
+const apot_kernels apot_avx512 = APOT_KERNELS("avx512");
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

@@ -13,7 +13,7 @@
 
 #include "body.h"
 
-const apot_kernels apot_avx512vbmi = {"avx512vbmi", fake_quantize, quantize, dequantize, backward, ends};
+const apot_kernels apot_avx512vbmi = APOT_KERNELS("avx512vbmi");
 #if defined(__clang__)
 #pragma clang attribute pop
 #endif

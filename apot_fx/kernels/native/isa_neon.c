@@ -6,5 +6,5 @@
 
 #include "body.h"
 
-const apot_kernels apot_neon = {"neon", fake_quantize, quantize, dequantize, backward, ends};
+const apot_kernels apot_neon = APOT_KERNELS("neon");
 #endif

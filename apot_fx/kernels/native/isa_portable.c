@@ -4,5 +4,4 @@
 
 #include "body.h"
 
-const apot_kernels apot_portable = {"portable", fake_quantize, quantize,
-                                    dequantize, backward,      ends};
+const apot_kernels apot_portable = APOT_KERNELS("portable");

@@ -1,0 +1,119 @@
+/* What observers keep of a tensor: its ends, and counts of magnitudes. */
+#include <stdlib.h>
+
+#include "job.h"
+
+/* Bins of a histogram: 32 an octave, from 2^-40 to 2^40, per sign. */
+#define BINS (80 << APOT_SUB_BITS)
+#define FIRST ((127 - 40) << APOT_SUB_BITS)
+#define PATTERNS (256 << APOT_SUB_BITS) /* of exponent and leading bits, per sign */
+
+typedef struct {
+  const void *x;
+  int64_t count, item;
+  int in;
+  void (*kernel)(const apot_span *);
+  float *ends;      /* two for each item */
+  uint32_t *counts; /* APOT_COUNTS for each item, or NULL */
+} seen;
+
+static void seen_item(void *context, int64_t item) {
+  const seen *all = context;
+  int64_t at = item * all->item;
+  apot_span s = {.in = all->in, .ends = all->ends + 2 * item};
+  s.x = apot_from(all->x, at, size_of(all->in));
+  s.count = all->count - at < all->item ? all->count - at : all->item;
+  s.counts = all->counts ? all->counts + item * APOT_COUNTS : NULL;
+  all->kernel(&s);
+}
+
+/* The smallest and largest finite value; inf and -inf where none is. */
+static void join_ends(const seen *all, int64_t items, float ends[2]) {
+  ends[0] = __builtin_inff();
+  ends[1] = -__builtin_inff();
+  for (int64_t item = 0; item < items; item++) {
+    if (all->ends[2 * item] < ends[0]) ends[0] = all->ends[2 * item];
+    if (all->ends[2 * item + 1] > ends[1]) ends[1] = all->ends[2 * item + 1];
+  }
+}
+
+APOT_PUBLIC int apot_ends(const void *x, int64_t count, int in, float ends[2], int threads) {
+  int64_t items = (count + APOT_ITEM - 1) / APOT_ITEM;
+  seen all = {.x = x, .count = count, .item = APOT_ITEM, .in = in, .kernel = apot_current->ends};
+  float few[2 * 64]; /* a small tensor needs no memory */
+  all.ends = items <= 64 ? few : malloc(2 * sizeof(float) * (size_t)items);
+  if (!all.ends) return 0;
+  apot_share_out(seen_item, &all, items, count < APOT_WORTH_THREADS ? 1 : threads);
+  join_ends(&all, items, ends);
+  if (all.ends != few) free(all.ends);
+  return 1;
+}
+
+/* Patterns below 2^-40 go to the first bin, from 2^40 on to the last; inf and NaN to none. */
+static void join_counts(const seen *all, int64_t items, int64_t *out) {
+  for (int64_t item = 0; item < items; item++) {
+    const uint32_t *counts = all->counts + item * APOT_COUNTS;
+    for (int64_t place = 0; place < 2 * PATTERNS; place++) {
+      int64_t pattern = place % PATTERNS, bin = pattern - FIRST, found = 0;
+      if (pattern >> APOT_SUB_BITS == 255) continue;
+      for (int copy = 0; copy < APOT_COPIES; copy++) found += counts[APOT_COPIES * place + copy];
+      if (!found) continue;
+      bin = bin < 0 ? 0 : bin >= BINS ? BINS - 1 : bin;
+      out[place / PATTERNS * BINS + bin] += found;
+    }
+  }
+}
+
+/* Ends as above and, added to `out`, how many positive, then negative values fall into each bin. */
+APOT_PUBLIC int apot_histogram(const void *x, int64_t count, int in, float ends[2], int64_t *out,
+                               int threads) {
+  if (count < APOT_WORTH_THREADS) threads = 1;
+  int64_t least = (count + threads - 1) / threads, most = INT64_C(1) << 31; /* of uint32_t */
+  seen all = {.x = x, .count = count, .in = in, .kernel = apot_current->histogram};
+  all.item = least < most ? (least ? least : 1) : most;
+  int64_t items = (count + all.item - 1) / all.item;
+  all.ends = malloc(2 * sizeof(float) * (size_t)(items + 1));
+  all.counts = calloc((size_t)(items + 1) * APOT_COUNTS, sizeof(uint32_t));
+  int done = all.ends && all.counts;
+  if (done) {
+    apot_share_out(seen_item, &all, items, threads);
+    join_ends(&all, items, ends);
+    join_counts(&all, items, out);
+  }
+  free(all.ends);
+  free(all.counts);
+  return done;
+}
+
+static float larger(float a, float b) { return a > b ? a : b; }
+
+/* α of a range, by the smallest of the set's that holds it. */
+static float covering(float low, float high, const apot_set *set) {
+  int q_min = set->low / 2, q_max = set->high / 2;
+  float alpha = 0;
+  if (!(high >= low)) low = high = 0; /* nothing seen */
+  if (q_max > 0) alpha = larger(high, 0) * (float)((double)set->unit / q_max);
+  if (q_min < 0) alpha = larger(alpha, larger(-low, 0) * (float)((double)set->unit / -q_min));
+  return apot_clamped(alpha);
+}
+
+static float moved(float kept, float new, float constant) {
+  if (__builtin_isinf(new)) return kept;
+  return __builtin_isinf(kept) ? new : kept + constant * (new - kept);
+}
+
+/* Take x into the range seen so far, or (constant) its moving average, and set α by it. */
+APOT_PUBLIC int apot_follow(const void *x, int64_t count, int in, float *low, float *high,
+                            float *alpha, const apot_set *set, float constant, int threads) {
+  float ends[2];
+  if (!apot_ends(x, count, in, ends, threads)) return 0;
+  if (constant) {
+    *low = moved(*low, ends[0], constant);
+    *high = moved(*high, ends[1], constant);
+  } else {
+    if (ends[0] < *low) *low = ends[0];
+    if (ends[1] > *high) *high = ends[1];
+  }
+  *alpha = covering(*low, *high, set);
+  return 1;
+}
