@@ -13,13 +13,22 @@ from pathlib import Path
 import torch
 from ratios import medians
 
-from apot_fx import LevelSet
+from apot_fx import ActivationSpec, LevelSet
+from apot_fx.fake_quant import FakeQuantize
 from apot_fx.kernels import eager, status
-from apot_fx.observer import MinMaxObserver
 from apot_fx.table import Table
 
-SIZES = (2**10, 2**14, 2**18, 2**20, 2**22, 2**24)
-SPEC = LevelSet.apot(4).spec
+SIZES = tuple(2**power for power in (10, 14, 18, 20, 22, 24, 26))
+LEVELS = LevelSet.apot(4)
+
+
+def module(observer: str, led: bool) -> FakeQuantize:
+    """A calibrated fake-quant in train mode; ``led``: its observer goes on and leads α."""
+    made = FakeQuantize.for_activation(ActivationSpec(4, observer=observer), signed=True)
+    made(torch.randn(1000))
+    made.train()
+    made.observer_enabled = led
+    return made
 
 
 def row(size: int) -> dict[str, object]:
@@ -28,42 +37,52 @@ def row(size: int) -> dict[str, object]:
     rows, alpha, alphas = x.reshape(64, -1), torch.tensor(2.0), torch.full((64,), 2.0)
     leaf, clip = x.clone().requires_grad_(), alpha.clone().requires_grad_()
     scale, zero = torch.tensor([0.1], requires_grad=True), torch.tensor([0.0], requires_grad=True)
-    grad, observer = torch.randn(size), MinMaxObserver()
+    grad, alone, led = torch.randn(size), module("minmax", False), module("minmax", True)
+    spec = LEVELS.spec
 
     def learn() -> None:
-        eager.fake_quantize(leaf, clip, SPEC, None, None, "rcf").backward(grad)
+        eager.fake_quantize(leaf, clip, spec, None, None, "rcf").backward(grad)
 
     def learn_torch() -> None:
         op = torch._fake_quantize_learnable_per_tensor_affine
         op(leaf, scale, zero, -8, 7, 1.0).backward(grad)
 
-    def observe() -> None:
-        observer(x)
-        eager.fake_quantize(x, alpha, SPEC)
-
-    clone, again, copy, ours, channels, torchs, learned, learned_torch, observed = medians(
+    names = (
+        "clone again copy ours channels torchs learned learned_torch packed histogram alone led"
+    ).split()
+    found = medians(
         x.clone,
         x.clone,
         lambda: kept.copy_(x),
-        lambda: eager.fake_quantize(x, alpha, SPEC),
-        lambda: eager.fake_quantize(rows, alphas, SPEC, 0),
+        lambda: eager.fake_quantize(x, alpha, spec),
+        lambda: eager.fake_quantize(rows, alphas, spec, 0),
         lambda: torch.fake_quantize_per_tensor_affine(x, 0.1, 0, -8, 7),
         learn,
         learn_torch,
-        observe,
+        lambda: torch.ops.apot_fx.quantize_packed(x, alpha, spec),
+        lambda: torch.ops.apot_fx.histogram(x),
+        lambda: alone(x),
+        lambda: led(x),
         rounds=200 if size < 2**18 else 15,
     )
+    ms = dict(zip(names, found, strict=True))
+
+    def ratio(what: str, against: str) -> str:
+        return f"{ms[what] / ms[against]:.2f}"
+
     return {
         "values": size,
-        "clone us": f"{1e3 * clone:.1f}",
-        "A/A": f"{again / clone:.2f}",
-        "copy_ / clone": f"{copy / clone:.2f}",
-        "fake-quant / clone": f"{ours / clone:.2f}",
-        "per channel / clone": f"{channels / clone:.2f}",
-        "torch / fake-quant": f"{torchs / ours:.1f}",
-        "with gradients / clone": f"{learned / clone:.2f}",
-        "torch / with gradients": f"{learned_torch / learned:.1f}",
-        "observed / fake-quant": f"{observed / ours:.2f}",
+        "clone us": f"{1e3 * ms['clone']:.1f}",
+        "A/A": ratio("again", "clone"),
+        "copy_ / clone": ratio("copy", "clone"),
+        "fake-quant / clone": ratio("ours", "clone"),
+        "per channel / clone": ratio("channels", "clone"),
+        "torch / fake-quant": ratio("torchs", "ours"),
+        "with gradients / clone": ratio("learned", "clone"),
+        "torch / with gradients": ratio("learned_torch", "learned"),
+        "packed / copy_": ratio("packed", "copy"),
+        "histogram / copy_": ratio("histogram", "copy"),
+        "led by observer / fake-quant": ratio("led", "alone"),
     }
 
 

@@ -60,6 +60,9 @@ typedef struct {
   void (*backward)(const apot_span *);
   void (*ends)(const apot_span *);
   void (*histogram)(const apot_span *);
+  /* Indices below 2^bits, bits in 1 … 8, into (count · bits + 7) / 8 bytes, and back. */
+  void (*pack)(const uint8_t *index, int64_t count, int bits, uint8_t *out);
+  void (*unpack)(const uint8_t *packed, int64_t count, int bits, uint8_t *out);
 } apot_kernels;
 
 /* Those that run. */

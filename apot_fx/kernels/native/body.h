@@ -6,6 +6,8 @@
 #include <math.h>
 #include <string.h>
 
+#include "bits.h"
+
 #define STEP (WIDTH * VECTORS)
 #define EACH_VECTOR for (int part = 0; part < VECTORS; part++)
 
@@ -313,4 +315,4 @@ static void histogram(const apot_span *s) { seen(s, 1); }
 
 /* Each isa_*.c names the set of these. */
 #define APOT_KERNELS(name) \
-  { name, fake_quantize, quantize, dequantize, backward, ends, histogram }
+  { name, fake_quantize, quantize, dequantize, backward, ends, histogram, pack, unpack }

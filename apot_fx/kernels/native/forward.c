@@ -2,7 +2,6 @@
 #include <stdlib.h>
 
 #include "job.h"
-#include "packing.h"
 
 /* The run that holds value `at`: which α, and how many values from `at` on. */
 static int64_t run_at(const apot_layout *l, int64_t at, int64_t *left) {
@@ -40,7 +39,8 @@ static void forward_item(void *context, int64_t item) {
     j->kernel(&s);
   }
   if (j->bits)
-    apot_pack_bytes(indices, end - first, j->bits, (uint8_t *)j->span.out + first / 8 * j->bits);
+    apot_current->pack(indices, end - first, j->bits,
+                       (uint8_t *)j->span.out + first / 8 * j->bits);
 }
 
 static int forward(apot_job *j, int threads) {
