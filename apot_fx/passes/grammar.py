@@ -32,12 +32,13 @@ def is_prepared(stage: StageModule) -> None:
 
 
 def is_hoisted(stage: StageModule) -> None:
-    """No fake-quant reads what an index op made (dropout with other readers excepted)."""
+    """No fake-quant reads what an index op made (dropout and max pools with other readers
+    excepted)."""
     is_prepared(stage)
     for node in stage.graph.nodes:
         if isinstance(called_module(stage, node), FakeQuantize):
             match = index_op(stage, source(node))
-            if match is not None and match.kind != "dropout":
+            if match is not None and match.kind not in ("dropout", "max"):
                 raise GrammarError(f"{node.name}: stands below the index op {source(node).name}")
 
 
@@ -59,7 +60,9 @@ def is_converted(stage: StageModule) -> None:
 
 
 def _reads_true_float(stage: StageModule, node: fx.Node) -> None:
-    """A quantizer of its own must stand behind a float op, never behind a quantized layer."""
+    """A quantizer of its own must stand behind a float op, never behind a quantized layer.
+
+    A max pool with other readers is a float op."""
     pending = [(source(node), True)]
     while pending:
         value, zero_survives = pending.pop()
@@ -70,7 +73,9 @@ def _reads_true_float(stage: StageModule, node: fx.Node) -> None:
         match, limits = index_op(stage, value), bounds(stage, value)
         if limits is not None:
             pending.append((source(value), zero_survives and limits[0] <= 0 <= limits[1]))
-        elif match is not None and (zero_survives or match.kind != "zero_pad"):
+        elif match is None or (match.kind == "max" and len(value.users) > 1):
+            continue
+        elif zero_survives or match.kind != "zero_pad":
             pending.extend((inner, zero_survives) for inner in match.inputs)
 
 

@@ -27,8 +27,8 @@ class Hoist(Pass):
     """Move every fake-quant call up until it reads a value that no index op made.
 
     Float readers keep the raw float value: the index op is copied for the quantized path. Dropout
-    (an identity in eval) is passed too, but only where nobody else reads it, since a copy would
-    draw another mask.
+    (an identity in eval) and max pools are passed only where nobody else reads them: a copy of the
+    one would draw another mask, and two pools cost more than one and what indices save.
     """
 
     name = "hoist"
@@ -87,7 +87,7 @@ class _Mover:
         if match.kind == "dropout":  # scales values in train: only relu commutes with that
             ends = {end for pair in limits for end in pair}
             return ends <= {0.0, math.inf, -math.inf} and self._feeds_only_this(node)
-        return True
+        return match.kind != "max" or self._feeds_only_this(node)
 
     def _feeds_only_this(self, node: fx.Node) -> bool:
         pending, seen = list(node.users), set()
