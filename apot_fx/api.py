@@ -10,6 +10,7 @@ from torch import nn
 
 from . import parity, pipeline, views
 from . import ptq as ptq
+from . import qat as qat
 from .batches import Forward
 from .config import ActivationSpec, QConfig, QConfigMapping, WeightSpec, presets
 from .errors import ApotError, StageError

@@ -7,8 +7,11 @@ gradient). A weight's is frozen from the start, since weights are known.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import nn
@@ -19,6 +22,10 @@ from .kernels import ALPHA_MAX, ALPHA_MIN, eager, step_of
 from .levels import LevelSet
 from .observer import Observer, make_observer, weight_alpha
 from .tensor import check_alpha, keep_float32
+
+#: What weights became, and of what, while :func:`keeping_weights` runs.
+_Kept = WeakKeyDictionary["FakeQuantize", tuple[object, torch.Tensor]]
+_KEPT: ContextVar[_Kept | None] = ContextVar("kept", default=None)
 
 OBSERVING, FROZEN, LEARNING = "observing", "frozen", "learning"
 
@@ -145,9 +152,15 @@ class FakeQuantize(nn.Module):
         if rows is not None and self.axis is not None:
             alpha = alpha.index_select(0, rows)
         grad = "rcf" if learns else "ste"
-        return eager.fake_quantize(
-            x, alpha, self.level_spec, self.axis, self.group_size, grad, not self.training
-        )
+        how = (self.level_spec, self.axis, self.group_size, grad, not self.training)
+        kept = _KEPT.get()
+        if kept is None or rows is not None or self.observer is not None or not _is_plain(x):
+            return eager.fake_quantize(x, alpha, *how)
+        made_of = (x.data_ptr(), x._version, x.shape, self.alpha._version, *how)
+        before, known = kept.get(self, (None, None))
+        y = eager.fake_quantize(x, alpha, *how, known if before == made_of else None)
+        kept[self] = made_of, y.detach()
+        return y
 
     @torch.no_grad()
     def _observe(self, x: torch.Tensor) -> None:
@@ -243,6 +256,21 @@ class FakeQuantize(nn.Module):
     def extra_repr(self) -> str:
         levels = self.level_spec or f"{self.spec.describe()}, signedness open"
         return f"{self.state}, {levels}, alpha{tuple(self.alpha.shape)}"
+
+
+def _is_plain(x: torch.Tensor) -> bool:
+    """Whether it can be seen if a tensor is what it was."""
+    return not torch.compiler.is_compiling() and not x.is_inference()
+
+
+@contextmanager
+def keeping_weights() -> Iterator[None]:
+    """A context in which a quantized weight is used again where the same weight comes again."""
+    token = _KEPT.set(WeakKeyDictionary())
+    try:
+        yield
+    finally:
+        _KEPT.reset(token)
 
 
 class _Unused(torch.autograd.Function):

@@ -6,12 +6,13 @@ dispatcher; whoever traces, compiles, transforms or watches calls sees the opera
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
+from .reference import ALPHA_MAX, ALPHA_MIN, led_back
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -24,8 +25,12 @@ def fake_quantize(
     group_size: int | None = None,
     grad: str = "ste",
     nan_to_zero: bool = False,
+    known: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """``torch.ops.apot_fx.fake_quantize`` by the shortest way; unchecked, as the operator is."""
+    """``torch.ops.apot_fx.fake_quantize`` by the shortest way; unchecked, as the operator is.
+
+    ``known``: its result, where that is known; nothing is computed then but gradients.
+    """
     if type(x) not in _PLAIN or type(alpha) not in _PLAIN or _watched(x):
         made: torch.Tensor = torch.ops.apot_fx.fake_quantize(
             x, alpha, spec, axis, group_size, grad, nan_to_zero
@@ -33,9 +38,9 @@ def fake_quantize(
         return made
     arguments = (x, alpha, spec, axis, group_size, grad, nan_to_zero)
     if torch.is_grad_enabled() and (x.requires_grad or alpha.requires_grad):
-        made = _FakeQuantize.apply(*arguments)
+        made = _FakeQuantize.apply(*arguments, known)
         return made
-    return dispatch.fake_quantize(*arguments)
+    return dispatch.fake_quantize(*arguments) if known is None else known.detach()
 
 
 def follow(
@@ -50,6 +55,34 @@ def follow(
     if type(x) not in _PLAIN or _watched(x):
         return False
     return dispatch.follow(x, low, high, alpha, spec, constant)
+
+
+class QuantizedData(NamedTuple):
+    """What a quantized value was made of, where that takes no gradient but its one α does."""
+
+    x: torch.Tensor
+    alpha: torch.Tensor
+    spec: str
+
+    def change_by_alpha(self, quantized: torch.Tensor) -> torch.Tensor:
+        """``dx_q/dα`` of every value (contract 4.4), as ``(x_q − x·inside)/α``."""
+        inside, _ = dispatch.fake_quantize_backward(
+            self.x, self.x, self.alpha, self.spec, None, None, "ste"
+        )
+        return (quantized - inside).div_(self.alpha.detach().clamp(ALPHA_MIN, ALPHA_MAX))
+
+    def gradient(self, total: torch.Tensor) -> torch.Tensor:
+        """``dL/dα`` of the sum over all values."""
+        return led_back(total.to(self.alpha.dtype), self.alpha.detach())
+
+
+def quantized_data(quantized: torch.Tensor) -> QuantizedData | None:
+    """Where ``quantized`` comes right from the fake-quant of float32 data."""
+    if torch.compiler.is_compiling():
+        return None
+    made = quantized.grad_fn
+    data = getattr(made, "data", None) if isinstance(made, _NODE) else None
+    return data if data is not None and quantized.dtype is torch.float32 else None
 
 
 def _watched(x: torch.Tensor) -> bool:
@@ -80,9 +113,14 @@ class _FakeQuantize(torch.autograd.Function):
         group_size: int | None,
         grad: str,
         nan_to_zero: bool,
+        known: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, alpha)
         ctx.how = spec, axis, group_size, grad
+        if not ctx.needs_input_grad[0] and grad == "rcf" and axis is None:
+            ctx.data = QuantizedData(x, alpha, spec)
+        if known is not None:
+            return known.detach()
         return dispatch.fake_quantize(x, alpha, spec, axis, group_size, grad, nan_to_zero)
 
     @staticmethod
@@ -90,4 +128,7 @@ class _FakeQuantize(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
         x, alpha = ctx.saved_tensors
         dx, dalpha = dispatch.fake_quantize_backward(grad.to(x.dtype), x, alpha, *ctx.how)
-        return dx, dalpha if ctx.how[3] == "rcf" else None, None, None, None, None, None
+        return dx, dalpha if ctx.how[3] == "rcf" else None, *[None] * 6
+
+
+_NODE: type = _FakeQuantize._backward_cls  # type: ignore[attr-defined]

@@ -214,14 +214,15 @@ def fake_quantize_backward(
     group_size: int | None,
     mode: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradients for x and α (contract 4.4); a NaN element gets and gives none.
-
-    An α outside its limits only receives a gradient that leads it back.
-    """
+    """Gradients for x and α (contract 4.4); a NaN element gets and gives none."""
     dx, total = _backward(grad, x, alpha, spec, axis, group_size, mode)
-    dalpha = total.to(alpha.dtype)
+    return dx, led_back(total.to(alpha.dtype), alpha)
+
+
+def led_back(dalpha: torch.Tensor, alpha: torch.Tensor) -> torch.Tensor:
+    """An α outside its limits only receives a gradient that leads it back."""
     dalpha = torch.where(alpha < ALPHA_MIN, dalpha.clamp(max=0), dalpha)
-    return dx, torch.where(alpha > ALPHA_MAX, dalpha.clamp(min=0), dalpha)
+    return torch.where(alpha > ALPHA_MAX, dalpha.clamp(min=0), dalpha)
 
 
 def _backward(

@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from .convolution import ConvProduct, TransposedProduct
+from .data_alpha import on_data
 from .fold import BATCH_NORMS, is_foldable
 from .prepared import Call, FunctionalLayer, PreparedFunctional, PreparedLayer
 from .products import LinearProduct, Product
@@ -54,8 +55,12 @@ class _PreparedConvolution(PreparedLayer):
     def weighted(
         self, product: Product, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        y: torch.Tensor = self._conv_forward(x, weight, bias)  # type: ignore[operator]
-        return y
+        def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+            y: torch.Tensor = self._conv_forward(x, weight, bias)  # type: ignore[operator]
+            return y
+
+        fixed = weight.detach()
+        return on_data(x, lambda x: call(x, fixed, None), lambda x: call(x, weight, bias))
 
 
 class PreparedConv1d(_PreparedConvolution, nn.Conv1d):  # type: ignore[misc]
