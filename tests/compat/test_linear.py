@@ -55,7 +55,8 @@ def test_sums_beyond_an_integers_range(signed: bool, scale: int) -> None:
     for b, k, count in ((12, 4, 4096), (4, 2, 4)):
         if (b, signed) == (12, True):
             continue  # more levels than a set may have
-        layer = LinearAPoT(torch.linspace(-1.0, 1.0, count).expand(2, -1), b, k, signed=signed)
+        weight = torch.linspace(-1.0 if signed else 0.5, 1.0, count).expand(2, -1)
+        layer = LinearAPoT(weight, b, k, signed=signed)
         x = torch.full((1, count), 255.0 * scale, dtype=torch.float64)
         for found, factors in ((layer(x), layer.weight), (layer.forward_levels(x), layer.levels)):
             wanted = 255 * scale * sum(int(factor) for factor in factors[0].tolist())
