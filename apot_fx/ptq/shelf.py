@@ -54,14 +54,14 @@ class Held:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Object:
-    """An object of a user's class, whose tensors lie on the shelf: a copy has their places."""
+    """An object of a user's class: a copy with places in it, and the tensors that belong there."""
 
-    copy: Any
+    shell: Any
     tensors: tuple[Held, ...]
 
     def take(self) -> Any:
         """The object again, with copies of its tensors."""
-        return copy.deepcopy(self.copy, {id(one): one.take(None) for one in self.tensors})
+        return copy.deepcopy(self.shell, {id(one): one.take(None) for one in self.tensors})
 
 
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
