@@ -303,28 +303,32 @@ def _read_extra_state(state: torch.Tensor) -> dict[str, Any]:
     return dict(found)
 
 
+def _switch(module: nn.Module, name: str, enabled: bool) -> None:
+    switch = getattr(module, name, None)
+    if isinstance(module, FakeQuantize):
+        setattr(module, name, enabled)
+    elif isinstance(switch, list):  # compat's, which only layers above know
+        switch[0] = int(enabled)
+
+
 def enable_observer(module: nn.Module) -> None:
     """For ``model.apply``: observers run; on a frozen or learning fake-quant α follows them."""
-    if isinstance(module, FakeQuantize):
-        module.observer_enabled = True
+    _switch(module, "observer_enabled", True)
 
 
 def disable_observer(module: nn.Module) -> None:
     """For ``model.apply``: observers stop."""
-    if isinstance(module, FakeQuantize):
-        module.observer_enabled = False
+    _switch(module, "observer_enabled", False)
 
 
 def enable_fake_quant(module: nn.Module) -> None:
     """For ``model.apply``: values are put on the grid (once out of ``observing``)."""
-    if isinstance(module, FakeQuantize):
-        module.fake_quant_enabled = True
+    _switch(module, "fake_quant_enabled", True)
 
 
 def disable_fake_quant(module: nn.Module) -> None:
     """For ``model.apply``: values pass in float."""
-    if isinstance(module, FakeQuantize):
-        module.fake_quant_enabled = False
+    _switch(module, "fake_quant_enabled", False)
 
 
 def freeze(model: nn.Module) -> None:

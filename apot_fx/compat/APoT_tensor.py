@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from ._checks import checked
+
 if TYPE_CHECKING:
     from .quantizer import APoTQuantizer
 
@@ -19,7 +21,7 @@ class TensorAPoT:
 
     Args:
         quantizer: what made the codes, and can dequantize them.
-        apot_data: the codes, int32, of any shape.
+        apot_data: the codes, integers, of any shape. Raises TensorError for what is no such tensor.
 
     :class:`apot_fx.ApotTensor` is the library's own: packed at the stored bits.
 
@@ -38,6 +40,7 @@ class TensorAPoT:
     data: Tensor = dataclasses.field(init=False)
 
     def __post_init__(self, apot_data: Tensor) -> None:
+        checked(apot_data, "TensorAPoT: apot_data", "integer")
         self.data = apot_data
 
     def int_repr(self) -> Tensor:

@@ -12,6 +12,7 @@ from torch import nn
 from ..levels import LevelSet
 from ..observer import MinMaxObserver
 from ..tensor import keep_float32
+from ._checks import checked
 
 _BOTH_ENDS = LevelSet([-1, 0, 1])
 
@@ -44,13 +45,24 @@ class Growing(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args)
 
 
-class SpanObserver(WithArgs, Growing, MinMaxObserver):
+class CompatModule(WithArgs, Growing):
+    """A module whose scales and ranges stay float32."""
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
+        return super()._apply(keep_float32(fn), recurse)
+
+
+class SpanObserver(CompatModule, MinMaxObserver):
     """The range of all that was seen; follows its input from device to device."""
 
     grows = ("low", "high")
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Observe ``x`` (any real dtype and shape) and return it; inf and NaN are ignored."""
+        """Observe ``x`` (real, of any shape) and return it; inf and NaN are ignored.
+
+        Raises TensorError for what is no such tensor.
+        """
+        checked(x, f"{type(self).__name__}: x")
         if self.low.device != x.device:
             self.to(x.device)
         return super().forward(x)
@@ -58,13 +70,6 @@ class SpanObserver(WithArgs, Growing, MinMaxObserver):
     def span(self) -> torch.Tensor:
         """The larger of −min and max, within α's limits."""
         return self.propose(_BOTH_ENDS)
-
-
-class CompatModule(WithArgs, Growing):
-    """A module whose scales stay float32."""
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Any:
-        return super()._apply(keep_float32(fn), recurse)
 
 
 class Switched(CompatModule):

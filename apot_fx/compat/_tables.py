@@ -20,6 +20,7 @@ from .. import kernels
 from ..errors import CompatError, LevelSetError, TensorError
 from ..kernels import ALPHA_MAX, ALPHA_MIN, reference
 from ..levels import LevelSet
+from ._checks import checked, one_value
 
 QParams = tuple[Tensor, Tensor, Tensor, Tensor]
 MAX_CODE = 2**20  # the largest code for which a dense table is made
@@ -65,10 +66,17 @@ class Table(NamedTuple):
 def read_table(alpha: Tensor | None, levels: Tensor, codes: Tensor, device: torch.device) -> Table:
     """Find the level set that levels and their codes mean; tables come on ``device``.
 
-    Raises CompatError where there is none, TensorError for more than one α.
+    Raises CompatError where there is none, TensorError for more than one α, a NaN, or codes that
+    are no integers.
     """
-    if alpha is not None and alpha.numel() != 1:
-        raise TensorError(f"alpha has shape {tuple(alpha.shape)}; one value is wanted")
+    if levels.numel() != codes.numel() or not levels.numel():
+        raise CompatError(
+            f"{levels.numel()} quantization_levels and {codes.numel()} level_indices; every level "
+            "has one code: pass both as calculate_qparams gave them"
+        )
+    checked(codes, "level_indices (after quantization_levels)", "integer")
+    if alpha is not None and bool(one_value(alpha, "alpha").isnan().any()):
+        raise TensorError("alpha is NaN; observe finite data, or load a state from before it was")
     wide = reference.working_dtype(levels)
     values = tuple(levels.flatten().to(wide).tolist())
     clip = None if alpha is None else float(alpha)
@@ -80,11 +88,6 @@ def read_table(alpha: Tensor | None, levels: Tensor, codes: Tensor, device: torc
 def _read(
     values: tuple[float, ...], numbers: tuple[int, ...], alpha: float | None, dtype: torch.dtype
 ) -> Table:
-    if len(values) != len(numbers) or not values:
-        raise CompatError(
-            f"{len(values)} quantization_levels and {len(numbers)} level_indices; every level has "
-            "one code: pass both as calculate_qparams gave them"
-        )
     if min(numbers) < 0 or max(numbers) > MAX_CODE or len(set(numbers)) < len(numbers):
         raise CompatError(
             f"level_indices must be distinct codes of 0 … {MAX_CODE:,}; pass those of "

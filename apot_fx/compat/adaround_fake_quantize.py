@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .. import kernels
-from ..errors import CompatError
+from ..errors import CompatError, TensorError
 from ..ptq.rounding import initial_logits, rectified_sigmoid
+from ._checks import checked
 from ._module import SpanObserver, Switched
 
 _PER_CHANNEL = (torch.per_channel_symmetric,)
@@ -50,10 +51,28 @@ class SymmetricMinMaxObserver(SpanObserver):
             self.quant_min, self.quant_max = quant_min // 2, quant_max // 2
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.axis is not None and not self.low.dim():
-            self.low = self.low.expand(x.shape[self.axis]).clone()
-            self.high = self.high.expand(x.shape[self.axis]).clone()
+        """As for a whole tensor. Raises TensorError, too, where x has no axis ``ch_axis``, or other
+        channels there than before."""
+        if self.axis is not None:
+            self._fit(x, self.axis)
         return super().forward(x)
+
+    def _fit(self, x: Tensor, axis: int) -> None:
+        """Take the number of channels from what comes first."""
+        dims = checked(x, f"{type(self).__name__}: x").dim()
+        if not -dims <= axis < dims:
+            raise TensorError(
+                f"{type(self).__name__}: x has shape {tuple(x.shape)} and no axis {axis}; give "
+                "another ch_axis, or a per-tensor qscheme"
+            )
+        channels = x.shape[axis]
+        if not self.low.dim():
+            self.low, self.high = (end.expand(channels).clone() for end in (self.low, self.high))
+        elif len(self.low) != channels:
+            raise TensorError(
+                f"{type(self).__name__}: x has {channels} channels on axis {axis}, but "
+                f"{len(self.low)} before; every tensor wants an observer of its own"
+            )
 
     def calculate_qparams(self) -> tuple[Tensor, Tensor]:
         """Scale (float32) and zero point (int32), 0-dim or one per channel."""
@@ -147,8 +166,10 @@ class AdaroundFakeQuantizer(Switched):
     def forward(self, X: Tensor) -> Tensor:
         """X on the grid, of its shape; gradients go to V alone.
 
-        Raises CompatError where no scale has been observed.
+        Raises CompatError where no scale has been observed, TensorError for what is no float tensor
+        or doesn't fit what was observed before.
         """
+        checked(X, "AdaroundFakeQuantizer: X", "floating-point")
         if self.observer_enabled[0]:
             self._observe(X.detach())
         if not self.fake_quant_enabled[0]:
@@ -156,6 +177,11 @@ class AdaroundFakeQuantizer(Switched):
         if not self.scale.numel():
             raise CompatError(
                 "AdaroundFakeQuantizer has no scale yet; call it with its observer enabled"
+            )
+        if X.shape != self.V.shape:
+            raise TensorError(
+                f"AdaroundFakeQuantizer: X has shape {tuple(X.shape)}, but V was learned for "
+                f"{tuple(self.V.shape)}; enable its observer to start anew"
             )
         below = torch.floor(X.detach() / self.scale) + self.zero_point
         level = (below + self.get_rectified_sigmoid_func()).clamp(self.quant_min, self.quant_max)

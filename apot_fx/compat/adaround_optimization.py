@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
 
-from ..errors import CalibrationError
+from ..errors import CalibrationError, CompatError, ConfigError
 from .adaround_fake_quantize import AdaroundFakeQuantizer, SymmetricMinMaxObserver
 from .adaround_loss import AdaptiveRoundingLoss
 
@@ -33,11 +33,15 @@ class AdaptiveRoundingOptimizer:
             the last parameter.
         forward_hook_wrapper: ``forward_hook_wrapper(fetched)`` gives a forward hook that appends a
             layer's input, then its output, to the list ``fetched``.
-        data: a sequence of batches.
+        data: a sequence of batches, or what else has a length and can be read again and again.
         observer, dtype, quant_min, quant_max, qscheme: of :class:`AdaroundFakeQuantizer`.
-        max_iter: steps per layer.
+        max_iter: steps per layer; with 0 weights go to their nearest levels.
         batch_size: samples per step.
         feed_forward_wrapper: given to ``callback``.
+
+    Raises CalibrationError for no data, data without a length, or a layer that gets or gives NaN or
+    inf; ConfigError for max_iter or batch_size out of range; CompatError for a layer that computes
+    its weight (weight_norm, a parametrization).
 
     >>> _ = torch.manual_seed(0)
     >>> def hook_into(fetched):
@@ -67,9 +71,9 @@ class AdaptiveRoundingOptimizer:
         batch_size: int = 256,
         feed_forward_wrapper: nn.Module | None = None,
     ) -> None:
-        if not len(data):
-            raise CalibrationError("AdaptiveRoundingOptimizer: data is empty; pass batches")
-        self.model, self.q_model = model, copy.deepcopy(model)
+        _check(model, data, max_iter, batch_size)
+        with torch.inference_mode(False):
+            self.model, self.q_model = model, copy.deepcopy(model)
         self.callback, self.forward_hook_wrapper = callback, forward_hook_wrapper
         self.data, self.max_iter, self.batch_size = data, max_iter, batch_size
         self.feed_forward_wrapper = feed_forward_wrapper
@@ -81,12 +85,20 @@ class AdaptiveRoundingOptimizer:
 
     def run_adaround(self) -> nn.Module:
         """A copy of the model whose weights are rounded, every layer's scale in its
-        ``weight_fake_quant`` (the observer). Layers that no batch reaches keep their weights."""
+        ``weight_fake_quant`` (the observer). Layers that no batch reaches keep their weights; a
+        layer whose weight is an earlier one's has its rounding and observer, too."""
         pairs = zip(self.model.named_modules(), self.q_model.modules(), strict=True)
         layers = [(name, mine, its) for (name, mine), its in pairs if isinstance(mine, _LAYERS)]
-        with _at_rest(self.model), _at_rest(self.q_model):
+        observers: dict[int, nn.Module] = {}
+        with _at_rest(self.model), _at_rest(self.q_model), torch.inference_mode(False):
             for name, module, q_module in layers:
+                tied = id(q_module.weight)
+                if tied in observers:
+                    q_module.weight_fake_quant = observers[tied]
+                    continue
                 self.optimize_adaptive_rounding(module, q_module, name)
+                if hasattr(q_module, "weight_fake_quant"):
+                    observers[tied] = q_module.weight_fake_quant  # type: ignore[assignment]
         return self.q_model
 
     @torch.no_grad()
@@ -125,6 +137,11 @@ class AdaptiveRoundingOptimizer:
         if not inputs:
             return
         x, wanted = torch.cat(inputs), torch.cat(outputs)
+        if not bool(x.isfinite().all() and wanted.isfinite().all()):
+            raise CalibrationError(
+                f"AdaptiveRoundingOptimizer: {name or 'the layer'} gets or gives NaN or inf; drop "
+                "such batches, or repair the weights"
+            )
         weight = q_module.weight.detach()  # type: ignore[union-attr, operator]
         quantizer = self._make_quantizer().to(weight.device)
         quantizer(weight)
@@ -134,14 +151,37 @@ class AdaptiveRoundingOptimizer:
         for step in steps:
             rows = torch.randint(len(x), (min(self.batch_size, len(x)),)).to(x.device)
             optimizer.zero_grad()
-            out = functional_call(q_module, {"weight": quantizer(weight)}, (x[rows],))
-            terms = self.adaptive_round_loss_fn(out, wanted[rows], quantizer.V, curr_iter=step)
-            (terms[0] + terms[1]).backward()
+            with torch.enable_grad():
+                out = functional_call(q_module, {"weight": quantizer(weight)}, (x[rows],))
+                terms = self.adaptive_round_loss_fn(out, wanted[rows], quantizer.V, curr_iter=step)
+                (terms[0] + terms[1]).backward(inputs=[quantizer.V])
             optimizer.step()
         quantizer.use_soft_rounding = False
         with torch.no_grad():
             weight.copy_(quantizer(weight))
         q_module.weight_fake_quant = quantizer.activation_post_process
+
+
+def _check(model: nn.Module, data: Any, max_iter: int, batch_size: int) -> None:
+    """Everything that is refused, before anything is copied."""
+    for layer, module in model.named_modules():
+        if isinstance(module, _LAYERS) and "weight" not in module._parameters:
+            raise CompatError(
+                f"AdaptiveRoundingOptimizer: {layer} computes its weight, so that a rounded one "
+                "can't be written; remove its parametrization (weight_norm) first"
+            )
+    if not hasattr(data, "__len__"):
+        raise CalibrationError(
+            f"AdaptiveRoundingOptimizer: data is a {type(data).__name__}, but it is read anew for "
+            "every layer; pass a list of batches"
+        )
+    if not len(data):
+        raise CalibrationError("AdaptiveRoundingOptimizer: data is empty; pass batches")
+    for name, value, least in (("max_iter", max_iter, 0), ("batch_size", batch_size, 1)):
+        if value < least:
+            raise ConfigError(
+                f"AdaptiveRoundingOptimizer: {name} is {value}; {least} or more is wanted"
+            )
 
 
 @contextlib.contextmanager

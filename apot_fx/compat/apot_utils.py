@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
 from . import _tables
-from .quantizer import checked
+from ._checks import checked, qparam
 
 
 def float_to_apot(
@@ -27,8 +29,8 @@ def float_to_apot(
     >>> int(float_to_apot(0.3, levels, codes, 1.0)), int(float_to_apot(7.0, levels, codes, 1.0))
     (3, 1)
     """
-    levels, indices = torch.as_tensor(levels).detach(), torch.as_tensor(indices)
-    values, clip = _as_values(x, levels), torch.as_tensor(alpha).detach()
+    levels, indices = qparam(levels, "levels"), qparam(indices, "indices")
+    values, clip = _as_values(x, levels), qparam(alpha, "alpha")
     return _tables.quantize(values, clip, levels, indices).to(indices.dtype)
 
 
@@ -42,7 +44,7 @@ def apot_to_float(x_apot: int | Tensor, levels: Tensor, indices: Tensor) -> Tens
     >>> apot_to_float(3, levels, codes).item()
     0.25
     """
-    levels, indices = torch.as_tensor(levels).detach(), torch.as_tensor(indices)
+    levels, indices = qparam(levels, "levels"), qparam(indices, "indices")
     return _tables.dequantize(torch.as_tensor(x_apot), None, levels, indices)
 
 
@@ -55,11 +57,11 @@ def quant_dequant_util(x: float | Tensor, levels: Tensor, indices: Tensor) -> Te
     >>> quant_dequant_util(0.3, levels, codes).item()
     0.25
     """
-    levels, indices = torch.as_tensor(levels).detach(), torch.as_tensor(indices)
+    levels, indices = qparam(levels, "levels"), qparam(indices, "indices")
     return _tables.quant_dequant(_as_values(x, levels), None, levels, indices)
 
 
 def _as_values(x: float | Tensor, levels: Tensor) -> Tensor:
-    if isinstance(x, Tensor):
-        return checked(x)
-    return torch.tensor(float(x), dtype=levels.dtype, device=levels.device)
+    if isinstance(x, Real):
+        return torch.tensor(float(x), dtype=levels.dtype, device=levels.device)
+    return checked(x, "x", "floating-point")

@@ -8,11 +8,10 @@ from typing import Any
 from torch import Tensor
 
 from ..errors import CompatError
+from ._checks import QPARAMS, checked
 from ._module import Switched
 from .fake_quantize_function import fake_quantize_function
 from .observer import APoTObserver
-
-_QPARAMS = ("alpha", "gamma", "quantization_levels", "level_indices")
 
 
 class APoTFakeQuantize(Switched):
@@ -41,13 +40,13 @@ class APoTFakeQuantize(Switched):
     gamma: Tensor | None
     quantization_levels: Tensor | None
     level_indices: Tensor | None
-    grows = _QPARAMS
+    grows = QPARAMS
 
     def __init__(self, observer: Callable[..., Any] = APoTObserver, **observer_kwargs: Any) -> None:
         super().__init__()
         self.activation_post_process = observer(**observer_kwargs)
         self.dtype = self.activation_post_process.dtype
-        for name in _QPARAMS:
+        for name in QPARAMS:
             self.register_buffer(name, None)
 
     def calculate_qparams(self, signed: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -64,8 +63,10 @@ class APoTFakeQuantize(Switched):
             signed: whether the observed levels are signed; without effect while the observer is
                 off.
 
-        Raises CompatError (an AssertionError) where nothing has been observed.
+        Raises CompatError (an AssertionError) where nothing has been observed, TensorError for what
+        is no float tensor.
         """
+        checked(X, "APoTFakeQuantize: X", "floating-point")
         if self.observer_enabled[0]:
             self.activation_post_process(X)
             if X.numel():

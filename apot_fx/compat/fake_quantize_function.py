@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..kernels.reference import working_dtype
+from ._checks import checked, one_value, qparam
 from .quantizer import quant_dequant_APoT
 
 
@@ -40,9 +41,10 @@ class fake_quantize_function(torch.autograd.Function):
         quantization_levels: Tensor,
         level_indices: Tensor,
     ) -> Tensor:
-        clip = torch.as_tensor(alpha).reshape(()).to(x.device)
+        values = checked(x, "fake_quantize_function: x", "floating-point")
+        clip = one_value(qparam(alpha, "alpha"), "alpha").reshape(()).to(x.device)
         # widened first: a 0-dim α would be rounded to a bfloat16 x's dtype
-        ctx.save_for_backward(x.detach().to(working_dtype(x)).abs() <= clip)
+        ctx.save_for_backward(values.to(working_dtype(x)).abs() <= clip)
         return quant_dequant_APoT(x, alpha, gamma, quantization_levels, level_indices)
 
     @staticmethod

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from ..errors import CompatError, TensorError
 from ..kernels import readable
+from ..levels import LevelSet
 from . import _tables
+from ._checks import QPARAMS, checked
 from ._module import CompatModule
 from .observer import APoTObserver
 from .quantizer import quantize_APoT
@@ -30,7 +32,7 @@ class LinearAPoT(CompatModule):
         levels: the integer level of every weight, float32, (out, in).
 
     Raises CompatError (an AssertionError) for a weight that is not 2-d or impossible b and k,
-    TensorError for NaN or inf.
+    TensorError for one that is no float tensor, NaN or inf.
 
     >>> layer = LinearAPoT(torch.tensor([[0.0, 0.5, 1.0]]), b=4, k=2)
     >>> layer.weight.tolist(), layer.levels.tolist()
@@ -45,9 +47,11 @@ class LinearAPoT(CompatModule):
     level_indices: Tensor
     alpha: Tensor
     gamma: Tensor
+    signs: Tensor
 
     def __init__(self, weight2quantize: Tensor, b: int, k: int, signed: bool = False) -> None:
         super().__init__()
+        weight2quantize = checked(weight2quantize, "LinearAPoT: weight2quantize", "floating-point")
         if weight2quantize.dim() != 2:
             raise CompatError(
                 f"LinearAPoT: weight2quantize has shape {tuple(weight2quantize.shape)}; "
@@ -62,10 +66,11 @@ class LinearAPoT(CompatModule):
         observer = APoTObserver(b=b, k=k).to(weight2quantize.device)
         observer(weight2quantize)
         qparams = observer.calculate_qparams(signed=signed)
-        names = ("alpha", "gamma", "quantization_levels", "level_indices")
-        for name, value in zip(names, qparams, strict=True):
+        for name, value in zip(QPARAMS, qparams, strict=True):
             self.register_buffer(name, value)
         self.register_buffer("weight", quantize_APoT(weight2quantize, *qparams).data)
+        self.shifts, signs = _powers_of_two(self.level_set)
+        self.register_buffer("signs", signs.to(self.weight.device), persistent=False)
 
     @property
     def weight_transposed(self) -> Tensor:
@@ -109,12 +114,13 @@ class LinearAPoT(CompatModule):
                 array as the original makes them, or the codes themselves, an integer tensor.
             activation: (batch, in), integer values of any real dtype.
 
-        Returns float32, (batch, out): exact sums below 2^53, rounded once.
+        Returns float32, (batch, out), and raises as :meth:`forward`.
 
         >>> layer = LinearAPoT(torch.ones(1, 1), b=4, k=2)
         >>> layer.matmul([[["01", "10"]], [["01"]]], torch.tensor([[7.0, 5.0]])).tolist()
         [[47.0]]
         """
+        activation = checked(activation, "LinearAPoT: activation")
         largest = len(self.level_set.code_indices) - 1
         if not isinstance(decomposed_weight, Tensor):
             rows = [[int("0" + "".join(v), 2) for v in row] for row in decomposed_weight]
@@ -132,33 +138,33 @@ class LinearAPoT(CompatModule):
         Args:
             activation: (batch, in), integer values of any real dtype.
 
-        Returns float32, (batch, out). Raises CompatError for another number of dimensions,
-        TensorError for values that are not integers.
+        Returns float32, (batch, out): exact and rounded once where Σ \\|activation\\| is below 2^53
+        and Σ \\|activation · code\\| below 2^60; beyond, a float64 sum.
+
+        Raises CompatError for another number of dimensions or features, TensorError for values that
+        are not integers. While it is compiled values can't be looked at, and what is no integer is
+        cut off unseen.
         """
         return self.matmul(self.weight_transposed, self._checked(activation))
 
     def forward_levels(self, activation: Tensor) -> Tensor:
-        """``F.linear(activation, levels)`` by shifts of the levels' exponents; exact, rounded once.
+        """``F.linear(activation, levels)`` by shifts of the levels' exponents.
 
-        Args, result and errors as for :meth:`forward`. Times α / M it is the layer's real output.
+        Args, result and errors as for :meth:`forward`, with levels in the place of codes. Times
+        α / M it is the layer's real output.
         """
-        level_set, index = self.level_set, self._index().T.long()
-        terms = [level_set.terms(place) for place in range(len(level_set))]
-        planes = []
-        for shift in sorted({shift for pairs in terms for _, shift in pairs}):
-            signs = [sum(sign for sign, at in pairs if at == shift) for pairs in terms]
-            planes.append((shift, torch.tensor(signs, device=index.device)[index]))
-        return _shift_add(self._checked(activation), planes)
+        activation, codes = self._checked(activation), self.weight_transposed.long()
+        planes = (
+            (shift, signs[codes]) for shift, signs in zip(self.shifts, self.signs, strict=True)
+        )
+        return _shift_add(activation, planes)
 
     def _checked(self, activation: Tensor) -> Tensor:
+        activation = checked(activation, "LinearAPoT: activation")
         if activation.dim() != 2 or activation.shape[1] != self.weight.shape[1]:
             raise CompatError(
                 f"LinearAPoT: activation has shape {tuple(activation.shape)}; "
                 f"(batch, {self.weight.shape[1]}) is wanted"
-            )
-        if readable(activation) and not torch.equal(activation, activation.trunc()):
-            raise TensorError(
-                "LinearAPoT: activation holds values that are no integers; quantize it uniformly"
             )
         return activation
 
@@ -167,15 +173,38 @@ class LinearAPoT(CompatModule):
         return f"in_features={in_features}, out_features={out_features}, {self.level_set}"
 
 
+def _powers_of_two(level_set: LevelSet) -> tuple[tuple[int, ...], Tensor]:
+    """The exponents of the levels' powers of two, and the sign that each has in every code's level:
+    0, 1 or −1, int8, (exponents, codes)."""
+    terms = [level_set.terms(index) for index in level_set.code_indices]
+    shifts = sorted({shift for pairs in terms for _, shift in pairs})
+    signs = [
+        [sum(sign for sign, at in pairs if at == shift) for pairs in terms] for shift in shifts
+    ]
+    return tuple(shifts), torch.tensor(signs, dtype=torch.int8)
+
+
 def _shift_add(activation: Tensor, planes: Iterable[tuple[int, Tensor]]) -> Tensor:
     """``Σ (activation @ plane) << shift``, float32; planes (in, out) hold 0, 1 and −1.
 
     A product with such a plane only adds, exactly; float64, because not every device has an integer
-    one.
+    one. What might wrap around as an integer is summed as float64, too. Raises TensorError for
+    values that are not integers.
     """
-    rows, total = activation.double(), None
+    if readable(activation) and not _holds_integers(activation):
+        raise TensorError(
+            "LinearAPoT: activation holds values that are no integers; quantize it uniformly"
+        )
+    rows = activation.double()
+    exact = rows.new_zeros((), dtype=torch.int64)
+    wide, reach = rows.new_zeros(()), rows.new_zeros(())
     for shift, plane in planes:
-        part = (rows @ plane.double()).long() << shift
-        total = part if total is None else total + part
-    assert total is not None
-    return total.to(torch.float32)
+        part = rows @ plane.double()
+        exact = exact + (part.long() << shift)
+        wide = wide + part * 2.0**shift
+        reach = reach + part.abs() * 2.0**shift
+    return torch.where(reach < 2.0**62, exact.float(), wide.float())
+
+
+def _holds_integers(x: Tensor) -> bool:
+    return bool(x.isfinite().all()) and torch.equal(x, x.trunc())

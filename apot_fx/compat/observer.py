@@ -11,6 +11,7 @@ from .. import kernels
 from ..errors import CompatError, MissingPackageError
 from ..kernels import readable
 from . import _tables
+from ._checks import one_value
 from ._module import SpanObserver
 
 if TYPE_CHECKING:
@@ -49,7 +50,7 @@ class APoTObserver(SpanObserver):
 
     @min_val.setter
     def min_val(self, value: float | Tensor) -> None:
-        self.low = self._end(value)
+        self.low = self._end(value, "min_val")
 
     @property
     def max_val(self) -> Tensor:
@@ -57,10 +58,11 @@ class APoTObserver(SpanObserver):
 
     @max_val.setter
     def max_val(self, value: float | Tensor) -> None:
-        self.high = self._end(value)
+        self.high = self._end(value, "max_val")
 
-    def _end(self, value: float | Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.float32).to(self.low.device).detach().clone()
+    def _end(self, value: float | Tensor, name: str) -> Tensor:
+        end = torch.as_tensor(value, dtype=torch.float32).to(self.low.device).detach().clone()
+        return one_value(end, f"APoTObserver: {name}")
 
     @torch.compiler.disable  # level sets are looked up in Python, not in a graph
     def calculate_qparams(
@@ -82,7 +84,7 @@ class APoTObserver(SpanObserver):
             level_indices: int64, these codes.
 
         Raises CompatError (an AssertionError) for impossible b and k, or where nothing finite was
-        seen.
+        seen; TensorError for an end of more than one value.
 
         >>> observer = APoTObserver(b=6, k=1)
         >>> _, gamma, levels, _ = observer.calculate_qparams(signed=False, min_val=0.0, max_val=1.0)

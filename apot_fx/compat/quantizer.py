@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ..errors import StateError, TensorError
-from ..kernels import ALPHA_MAX, ALPHA_MIN, readable
 from . import _tables
+from ._checks import QPARAMS, checked, qparam
 from .APoT_tensor import TensorAPoT
 
 
@@ -27,7 +27,8 @@ class APoTQuantizer:
         quantization_levels: float, (N,).
         level_indices: the code of each level, integers, (N,).
 
-    Its methods raise CompatError where the levels make no level set.
+    Its methods raise CompatError where the levels make no level set, TensorError where one of the
+    four is no tensor of a fitting kind.
 
     >>> from apot_fx.compat import APoTObserver
     >>> observer = APoTObserver(b=4, k=2)
@@ -57,7 +58,7 @@ class APoTQuantizer:
         ``tensor2quantize``: float, any shape and strides. Beyond the ends it clips; NaN gives
         level 0. Raises TensorError for another dtype.
         """
-        codes = _tables.quantize(checked(tensor2quantize), *self._table)
+        codes = _tables.quantize(checked(tensor2quantize, *_FLOAT_X), *self._table)
         return TensorAPoT(self, codes)
 
     def dequantize(self, apot_tensor: TensorAPoT) -> Tensor:
@@ -65,21 +66,17 @@ class APoTQuantizer:
 
         Raises TensorError for a code that ``level_indices`` does not have.
         """
-        if not isinstance(apot_tensor, TensorAPoT):
-            raise TensorError(
-                f"dequantize: a TensorAPoT is wanted, not a {type(apot_tensor).__name__}; "
-                "TensorAPoT(quantizer, codes) makes one of codes"
-            )
-        return _tables.dequantize(apot_tensor.data, *self._table)
+        return _tables.dequantize(_as_apot(apot_tensor).data, *self._table)
 
     def quant_dequant(self, tensor2quantize: Tensor) -> Tensor:
         """``dequantize(quantize(x))``, of x's dtype, without a gradient
         (:class:`fake_quantize_function` has one)."""
-        return _tables.quant_dequant(checked(tensor2quantize), *self._table)
+        return _tables.quant_dequant(checked(tensor2quantize, *_FLOAT_X), *self._table)
 
     def q_apot_alpha(self) -> float:
-        """The α in use: ``alpha`` within [2^-40, 2^40]."""
-        return min(max(float(self.alpha), ALPHA_MIN), ALPHA_MAX)
+        """The α in use, within [2^-40, 2^40]: ``alpha``, or, where the levels are not those of
+        ``alpha``, the largest of them. Raises as the other methods."""
+        return float(_tables.read_table(*self._table, torch.device("cpu")).alpha)
 
     def to(self, device: torch.device | str | int) -> APoTQuantizer:
         """A copy on another device."""
@@ -87,18 +84,18 @@ class APoTQuantizer:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The four tensors by name."""
-        fields = dataclasses.fields(self)
-        return {f.name: torch.as_tensor(getattr(self, f.name)).detach() for f in fields}
+        return {name: qparam(getattr(self, name), f"APoTQuantizer: {name}") for name in QPARAMS}
 
     @staticmethod
     def from_state_dict(state: Mapping[str, Tensor]) -> APoTQuantizer:
         """The quantizer whose :meth:`state_dict` this is; raises StateError for another one's."""
-        names = [field.name for field in dataclasses.fields(APoTQuantizer)]
-        return APoTQuantizer(*(take(state, name) for name in names))
+        return APoTQuantizer(*(take(state, name) for name in QPARAMS))
 
     def __repr__(self) -> str:
-        alpha = torch.as_tensor(self.alpha)
-        shown = f"{float(alpha):g}" if readable(alpha) else "?"
+        try:
+            shown = f"{float(self.alpha):g}"
+        except Exception:  # a fake tensor, or any under a FakeTensorMode, has no value
+            shown = "?"
         return f"APoTQuantizer(alpha={shown}, {len(self.quantization_levels)} levels)"
 
 
@@ -109,12 +106,16 @@ def take(state: Mapping[str, Tensor], name: str) -> Tensor:
     return state[name]
 
 
-def checked(x: Any) -> Tensor:
-    """x without its gradient; raises TensorError unless it is a float tensor."""
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        kind = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise TensorError(f"quantize: x is {kind}; a floating-point tensor is wanted")
-    return x.detach()
+_FLOAT_X = ("quantize: x", "floating-point")
+
+
+def _as_apot(value: Any) -> TensorAPoT:
+    if not isinstance(value, TensorAPoT):
+        raise TensorError(
+            f"dequantize: a TensorAPoT is wanted, not a {type(value).__name__}; "
+            "TensorAPoT(quantizer, codes) makes one of codes"
+        )
+    return value
 
 
 def quantize_APoT(
@@ -144,7 +145,7 @@ def dequantize_APoT(apot_tensor: TensorAPoT) -> Tensor:
     >>> dequantize_APoT(codes).tolist()
     [0.0, 51.0, 255.0]
     """
-    return apot_tensor.quantizer.dequantize(apot_tensor)
+    return _as_apot(apot_tensor).quantizer.dequantize(apot_tensor)
 
 
 def quant_dequant_APoT(

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import StateError
 from ..kernels import pack, unpack
-from ..values import tensors_in
-from .learn import Settings
+from .origin import Origin
+from .units import Unit
+from .weights import Weight
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,78 +28,92 @@ class Learned:
     up: dict[str, torch.Tensor]
 
 
-@dataclasses.dataclass(frozen=True)
-class Origin:
-    """What a result depends on: options, the model's tensors, the batches."""
+def check_path(path: object) -> Path | None:
+    """Where a checkpoint is to be; raises StateError where it can't be written, before any work."""
+    if path is None:
+        return None
+    if not isinstance(path, (str, os.PathLike)):
+        raise StateError(f"adaround: checkpoint is {path!r}; the path of a file is wanted")
+    file = Path(path)
+    if file.is_dir():
+        raise StateError(f"adaround: checkpoint {file} is a directory; name a file in it")
+    try:
+        _unfinished(file).touch()
+        _unfinished(file).unlink()
+    except OSError as problem:
+        raise StateError(
+            f"adaround: checkpoint {path} can't be written ({problem.strerror}); name a file in a "
+            "directory that exists and takes files"
+        ) from None
+    return file
 
-    settings: Settings
-    model: str
-    batches: str
 
-    @classmethod
-    def of(cls, settings: Settings, model: nn.Module, batches: Iterable[Any]) -> Origin:
-        state = sorted(model.state_dict().items())
-        tensors = [(key, value) for key, value in state if isinstance(value, torch.Tensor)]
-        data = ((str(n), t) for n, batch in enumerate(batches) for t in tensors_in(batch))
-        return cls(settings, _digest(tensors), _digest(data))
-
-
-def _digest(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    total = hashlib.blake2b(digest_size=16)
-    for name, tensor in tensors:
-        plain = tensor.detach().cpu().contiguous().reshape(-1)
-        total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        total.update(plain.view(torch.uint8).numpy().data)
-    return total.hexdigest()
+def _unfinished(path: Path) -> Path:
+    """Where a checkpoint is written before it takes the place of the last one."""
+    return path.with_name(path.name + ".tmp")
 
 
 class Checkpoint:
-    """A file at ``path`` (None: nothing is kept) with the units that are learned."""
+    """The units that are learned, in a file at ``path``; in memory alone without one.
 
-    def __init__(self, path: str | os.PathLike[str] | None, origin: Origin) -> None:
-        self.path = None if path is None else Path(path)
-        self.origin = origin
+    Raises StateError where the file is another's, or this run is another than its.
+    """
+
+    def __init__(self, path: Path | None, origin: Origin | None) -> None:
+        self.path, self.origin = path, origin
         self.units: dict[str, Learned] = {}
-        if self.path is not None and self.path.exists():
-            self.units = self._load(self.path)
+        if path is not None and origin is not None and path.exists():
+            theirs, self.units = _read(path)
+            mine = dataclasses.asdict(origin)
+            for what, hint in _DIFFERS.items():
+                if mine[what] != theirs[what]:
+                    was = f" ({theirs[what]})" if what == "settings" else ""
+                    raise StateError(f"{path} was made with {hint.format(was=was)}")
 
-    def _load(self, path: Path) -> dict[str, Learned]:
-        """Raises StateError where the file is another's, or this run is another than its."""
-        try:
-            found = torch.load(path, weights_only=True)
-            version, units = found["version"], found["units"]
-        except Exception:
-            raise StateError(f"{path} is no checkpoint of adaround; name another file") from None
-        if version != _VERSION:
-            raise StateError(f"{path} is of another version of apot_fx; delete it and start anew")
-        mine, theirs = dataclasses.asdict(self.origin), found["origin"]
-        for what, hint in _DIFFERS.items():
-            if mine[what] != theirs[what]:
-                was = f" ({theirs[what]})" if what == "settings" else ""
-                raise StateError(f"{path} was made with {hint.format(was=was)}")
-        return {name: _unpacked(unit) for name, unit in units.items()}
+    def check(self, units: Iterable[Unit], weights: Mapping[str, Weight]) -> None:
+        """Refuse a file that was changed: roundings of no unit, or of other shapes."""
+        shapes = {unit.name: {w: weights[w].rows.shape for w in unit.weights} for unit in units}
+        for name, learned in self.units.items():
+            found = {weight: up.shape for weight, up in learned.up.items()}
+            if name not in shapes or (found and found != shapes[name]):
+                raise StateError(
+                    f"{self.path} is no checkpoint of adaround for this model: {name} has other "
+                    "weights; name another file"
+                )
 
     def add(self, name: str, learned: Learned) -> None:
         """Keep a unit's result; the file is replaced as a whole."""
         self.units[name] = learned
-        if self.path is None:
+        if self.path is None or self.origin is None:
             return
         content = {
             "version": _VERSION,
             "origin": dataclasses.asdict(self.origin),
             "units": {name: _packed(unit) for name, unit in self.units.items()},
         }
-        unfinished = self.path.with_name(self.path.name + ".tmp")
-        torch.save(content, unfinished)
-        unfinished.replace(self.path)
+        torch.save(content, _unfinished(self.path))
+        _unfinished(self.path).replace(self.path)
 
 
 _DIFFERS = {
     "settings": "other options{was}; pass the same, or another file",
-    "model": "other weights, alphas or statistics; prepare and calibrate alike, or name another "
-    "file",
+    "model": "another model, or other weights, alphas or statistics; prepare and calibrate alike, "
+    "or name another file",
     "batches": "other batches; pass the same in the same order (no shuffling), or another file",
+    "forward": "another forward; pass the same, or another file",
 }
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, Learned]]:
+    """A file's origin and units."""
+    try:
+        found = torch.load(path, weights_only=True)
+        if found["version"] == _VERSION:
+            units = {name: _unpacked(unit) for name, unit in found["units"].items()}
+            return {what: found["origin"][what] for what in _DIFFERS}, units
+    except Exception:
+        raise StateError(f"{path} is no checkpoint of adaround; name another file") from None
+    raise StateError(f"{path} is of another version of apot_fx; delete it and start anew")
 
 
 def _packed(unit: Learned) -> dict[str, Any]:
@@ -110,4 +123,4 @@ def _packed(unit: Learned) -> dict[str, Any]:
 
 def _unpacked(unit: Mapping[str, Any]) -> Learned:
     up = {name: unpack(bits, 1, tuple(shape)).bool() for name, (bits, shape) in unit["up"].items()}
-    return Learned(unit["before"], unit["after"], up)
+    return Learned(float(unit["before"]), float(unit["after"]), up)

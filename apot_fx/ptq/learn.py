@@ -21,6 +21,7 @@ from .weights import Weight
 RATES = 0.01, 0.5  # of Adam: at least, at most
 TRAVEL = 50.0  # in between, logits can go so far in all steps together; they start within ±2.4
 WEIGHT = 3.0  # of the regularizer's mean, beside an error relative to that of nearest levels
+SEEDS = 2**43  # so many; each has one for 2^20 units, and a generator takes 64 bits
 WARM_START = 0.2  # the part of the steps that goes without regularizer
 
 

@@ -18,8 +18,9 @@ from ..passes.tree import stage_info, stages
 from ..pipeline import check_convertible, require_stage
 from ..table import Table
 from .capture import Runs, collect
-from .checkpoint import Checkpoint, Learned, Origin
-from .learn import Settings, commit, learn, mean_error
+from .checkpoint import Checkpoint, Learned, check_path
+from .learn import SEEDS, Settings, commit, learn, mean_error
+from .origin import Origin
 from .samples import Samples
 from .shelf import Shelf
 from .units import Unit, find_units
@@ -71,8 +72,9 @@ def adaround(
     Raises:
         StageError: not a prepared model, or a quantizer that is off or follows its observer.
         CalibrationError: not calibrated, no batch, one that does not run or gives NaN.
-        ConfigError: steps, batch_size or cache_limit out of range.
-        StateError: ``checkpoint`` is of other options, batches or weights, or no such file.
+        ConfigError: steps, batch_size, seed or cache_limit out of range.
+        StateError: ``checkpoint`` can't be written, is no such file, or is of another model or
+            forward, or other options, batches or weights.
 
     Source: Nagel, Amjad, van Baalen, Louizos, Blankevoort, *Up or Down? Adaptive Rounding for
     Post-Training Quantization*, ICML 2020, equations 21 to 25.
@@ -89,13 +91,16 @@ def adaround(
     True
     """
     settings = _checked(prepared, steps, batch_size, seed, cache_limit)
+    path = check_path(checkpoint)
     known = stage_info(prepared)
     call = forward or (known and known.forward) or run_batch
     with torch.inference_mode(False), Shelf(cache_limit) as shelf, evaluating(prepared):
         kept = [shelf.put(batch) for batch in check_batches(batches)]
         if not kept:
             raise CalibrationError("adaround got no batch; pass at least one")
-        file = Checkpoint(checkpoint, Origin.of(settings, prepared, (b.take() for b in kept)))
+        data = (batch.take() for batch in kept)
+        origin = None if path is None else Origin.of(settings, prepared, data, call)
+        file = Checkpoint(path, origin)
         run = _Run(prepared, Runs(kept, call), settings, file, cache_limit - shelf.held)
         run.learn(progress)
         return run.commit()
@@ -106,10 +111,16 @@ def _checked(
 ) -> Settings:
     """Everything that is refused, before anything is run."""
     model = require_stage(prepared, "prepared", "adaround")
-    least = {"steps": (steps, 1), "batch_size": (batch_size, 1), "cache_limit": (cache_limit, 0)}
-    for name, (value, lowest) in least.items():
-        if not isinstance(value, int) or value < lowest:
-            raise ConfigError(f"adaround: {name} is {value!r}; an int from {lowest} on is wanted")
+    ranges = {
+        "steps": (steps, 1, math.inf),
+        "batch_size": (batch_size, 1, math.inf),
+        "seed": (seed, 0, SEEDS - 1),
+        "cache_limit": (cache_limit, 0, math.inf),
+    }
+    for name, (value, low, high) in ranges.items():
+        if type(value) is not int or not low <= value <= high:
+            until = "on" if high == math.inf else f"to {high}"
+            raise ConfigError(f"adaround: {name} is {value!r}; an int from {low} {until} is wanted")
     check_convertible(model, "adaround")
     for name, module in model.named_modules():
         if isinstance(module, FakeQuantize) and module.observer_enabled:
@@ -136,6 +147,7 @@ class _Run:
         layers = {weight.layer for weight in self.weights.values()}
         order, self.times = runs.first(self.student, layers | stages(self.student).keys())
         self.units = find_units(self.student, self.weights, order)
+        file.check(self.units, self.weights)
         for name, weight in self.weights.items():
             if weight.layer not in order:
                 self.left[name] = "no batch ran it"

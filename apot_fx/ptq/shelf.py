@@ -16,6 +16,8 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from ..values import tensors_in
+
 
 @dataclasses.dataclass(frozen=True)
 class Held:
@@ -50,6 +52,18 @@ class Held:
         return out
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Object:
+    """An object of a user's class: a copy with places in it, and the tensors that belong there."""
+
+    shell: Any
+    tensors: tuple[Held, ...]
+
+    def take(self) -> Any:
+        """The object again, with copies of its tensors."""
+        return copy.deepcopy(self.shell, {id(one): one.take(None) for one in self.tensors})
+
+
 def _bytes_of(tensor: torch.Tensor) -> memoryview:
     """The memory of a contiguous tensor."""
     flat: Any = tensor.reshape(-1).view(torch.uint8).numpy()
@@ -58,7 +72,10 @@ def _bytes_of(tensor: torch.Tensor) -> memoryview:
 
 @dataclasses.dataclass(frozen=True)
 class Kept:
-    """A nested value on a shelf; numbers, modules and the like are kept as they are."""
+    """A nested value on a shelf; numbers, modules and the like are kept as they are.
+
+    Every leaf is a :class:`Held` tensor, an :class:`Object` with some, or the value itself.
+    """
 
     leaves: tuple[Any, ...]
     structure: Any
@@ -69,13 +86,17 @@ class Kept:
 
     def take(self, rows: torch.Tensor | None = None) -> Any:
         """The value again; ``rows``: these rows of every tensor."""
-        return self.rebuild(
-            leaf.take(rows) if isinstance(leaf, Held) else _copy(leaf) for leaf in self.leaves
-        )
+        return self.rebuild(_taken(leaf, rows) for leaf in self.leaves)
 
     def rebuild(self, leaves: Any) -> Any:
         """A value of the same structure."""
         return pytree.tree_unflatten(list(leaves), self.structure)
+
+
+def _taken(leaf: Any, rows: torch.Tensor | None) -> Any:
+    if isinstance(leaf, Held):
+        return leaf.take(rows)
+    return leaf.take() if isinstance(leaf, Object) else _copy(leaf)
 
 
 class Shelf(AbstractContextManager["Shelf"]):
@@ -94,8 +115,21 @@ class Shelf(AbstractContextManager["Shelf"]):
     def put(self, value: Any) -> Kept:
         """Keep a copy."""
         leaves, structure = pytree.tree_flatten(value)
-        kept = [self._put(leaf) if _is_plain(leaf) else _copy(leaf) for leaf in leaves]
-        return Kept(tuple(kept), structure)
+        return Kept(tuple(self._put_leaf(leaf) for leaf in leaves), structure)
+
+    def _put_leaf(self, leaf: Any) -> Any:
+        if _is_plain(leaf):
+            return self._put(leaf)
+        if isinstance(leaf, (*_SHARED, torch.Tensor)):
+            return _copy(leaf)
+        tensors = {id(tensor): tensor for tensor in tensors_in(leaf) if _is_plain(tensor)}
+        if not tensors:
+            return _copy(leaf)
+        held = {key: self._put(tensor) for key, tensor in tensors.items()}
+        try:  # deepcopy takes what its memo has for an object: the place of a tensor for the tensor
+            return Object(copy.deepcopy(leaf, dict(held)), tuple(held.values()))
+        except Exception:  # its own code does not take such places
+            return _copy(leaf)
 
     def _put(self, tensor: torch.Tensor) -> Held:
         size = tensor.numel() * tensor.element_size()

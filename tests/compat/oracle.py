@@ -36,15 +36,15 @@ def first_codes(b: int, k: int, signed: bool) -> tuple[tuple[Fraction, ...], dic
 
 
 def acceptable_codes(x: float, alpha: float, b: int, k: int, signed: bool) -> set[int]:
-    """The code of the nearest level, ties to the lower and of equal levels the lowest code; within
-    rounding of a threshold that of either neighbour."""
+    """The code of the nearest level, of equal levels the lowest code; near a threshold that of
+    either neighbour: x · M/α is rounded, so that a tie on rationals may be none."""
     levels, first = first_codes(b, k, signed)
     scale = Fraction(alpha) / largest_sum(b, k)
     place = Fraction(min(max(x, -2 * alpha), 2 * alpha)) / scale
     middle = bisect.bisect_left(levels, place)
     near = levels[max(0, middle - 1) : middle + 1]
     distances = [abs(level - place) for level in near]
-    if len(near) == 2 and 0 < abs(distances[0] - distances[1]) <= abs(place) / 2**20:
+    if len(near) == 2 and abs(distances[0] - distances[1]) <= abs(place) / 2**20:
         return {first[level] for level in near}
     return {first[near[distances.index(min(distances))]]}
 

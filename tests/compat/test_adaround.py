@@ -13,7 +13,7 @@ from torch.ao.quantization.observer import MinMaxObserver, PerChannelMinMaxObser
 
 from apot_fx.compat import AdaptiveRoundingLoss, AdaptiveRoundingOptimizer, AdaroundFakeQuantizer
 from apot_fx.compat.adaround_fake_quantize import SymmetricMinMaxObserver
-from apot_fx.errors import ApotError, CalibrationError
+from apot_fx.errors import ApotError, CalibrationError, CompatError, ConfigError, TensorError
 from apot_fx.ptq.rounding import annealed_beta, initial_logits, rectified_sigmoid, regularizer
 
 GRID = {"dtype": torch.qint8, "quant_min": -8, "quant_max": 7, "reduce_range": False}
@@ -111,6 +111,25 @@ def test_what_is_refused() -> None:
         AdaptiveRoundingOptimizer(nn.Linear(2, 2), lambda *a: None, hook_into, [])
 
 
+def test_channels_that_do_not_fit() -> None:
+    def per_channel(**kwargs: int) -> AdaroundFakeQuantizer:
+        return AdaroundFakeQuantizer(qscheme=torch.per_channel_symmetric, **kwargs, **GRID)
+
+    with pytest.raises(TensorError, match=r"shape \(\) and no axis 0"):
+        per_channel()(torch.tensor(0.3))
+    with pytest.raises(TensorError, match=r"shape \(3, 4\) and no axis 5"):
+        per_channel(ch_axis=5)(torch.rand(3, 4))
+    fake = per_channel(ch_axis=-1)
+    assert fake(torch.rand(3, 4)).shape == (3, 4)
+    with pytest.raises(TensorError, match="5 channels on axis -1, but 4 before"):
+        fake(torch.rand(3, 5))
+    fake.disable_observer()
+    with pytest.raises(TensorError, match=r"X has shape \(2, 4\), but V .* \(3, 4\)"):
+        fake(torch.rand(2, 4))
+    with pytest.raises(TensorError, match="X is of type list"):
+        fake([1.0])  # type: ignore[arg-type]
+
+
 def test_fake_tensors() -> None:
     with FakeTensorMode():
         fake = AdaroundFakeQuantizer(**GRID)
@@ -202,3 +221,47 @@ def test_it_beats_rounding_to_nearest(kind: str, wrapped: bool) -> None:
             scale, _ = module.weight_fake_quant.calculate_qparams()
             levels = module.weight / scale
             torch.testing.assert_close(levels, levels.round())
+
+
+def optimizer_of(model: nn.Module, data: object, **options: int) -> AdaptiveRoundingOptimizer:
+    options = {"max_iter": 20, "quant_min": -8, "quant_max": 7, **options}
+    return AdaptiveRoundingOptimizer(model, lambda m, x: m(x), hook_into, data, **options)
+
+
+def test_wrong_data_models_and_options_are_refused() -> None:
+    model, data = nn.Sequential(nn.Linear(4, 4)), [torch.rand(8, 4)]
+    with pytest.raises(CalibrationError, match=r"data is a generator.*a list of batches"):
+        optimizer_of(model, (x for x in data))
+    for option, value in (("max_iter", -1), ("batch_size", 0)):
+        with pytest.raises(ConfigError, match=f"{option} is {value}"):
+            optimizer_of(model, data, **{option: value})
+    with pytest.raises(CalibrationError, match="0 gets or gives NaN or inf"):
+        optimizer_of(model, [torch.full((2, 4), float("nan"))]).run_adaround()
+    for norm in (nn.utils.weight_norm, nn.utils.parametrizations.weight_norm):
+        with pytest.raises(CompatError, match=r"0 computes its weight.*parametrization"):
+            optimizer_of(nn.Sequential(norm(nn.Linear(4, 4))), data)
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_it_learns_where_gradients_are_off_and_leaves_none_behind(mode: type) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    with mode():
+        rounded = optimizer_of(model, [torch.rand(8, 4)]).run_adaround()
+    levels = rounded[2].weight / rounded[2].weight_fake_quant.calculate_qparams()[0]
+    torch.testing.assert_close(levels, levels.round())
+    for one in (model, rounded):
+        assert all(p.requires_grad and p.grad is None for p in one.parameters())
+    optimizer = optimizer_of(model, [torch.rand(8, 4)])
+    assert all(p.grad is None for p in optimizer.run_adaround().parameters())
+
+
+def test_tied_weights_are_rounded_once() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
+    model[2].weight = model[0].weight
+    rounded = optimizer_of(model, [torch.rand(8, 4) for _ in range(4)]).run_adaround()
+    assert rounded[2].weight is rounded[0].weight
+    for layer in (rounded[0], rounded[2]):
+        levels = layer.weight / layer.weight_fake_quant.calculate_qparams()[0]
+        torch.testing.assert_close(levels, levels.round())

@@ -9,14 +9,16 @@ import torch
 from torch import nn
 from torch._subclasses import FakeTensorMode
 
+import apot_fx
 from apot_fx.compat import (
+    AdaroundFakeQuantizer,
     APoTFakeQuantize,
     APoTObserver,
     dequantize_APoT,
     fake_quantize_function,
     quantize_APoT,
 )
-from apot_fx.errors import ApotError
+from apot_fx.errors import ApotError, TensorError
 
 NAN, INF = float("nan"), float("inf")
 
@@ -121,6 +123,31 @@ def test_switches() -> None:
     fake.enable_observer()
     assert fake(torch.tensor([7.0])).tolist() == [7.0]
     assert fake(torch.empty(0, 2)).shape == (0, 2)
+
+
+def test_the_librarys_switches_reach_it() -> None:
+    fake, x = APoTFakeQuantize(b=4, k=2), torch.tensor([0.3, 1.0])
+    model = nn.Sequential(fake, AdaroundFakeQuantizer())
+    model(x)
+    model.apply(apot_fx.disable_observer)
+    fake(torch.tensor([7.0]))
+    assert fake.alpha == 1 and model[1].observer_enabled == [0]
+    model.apply(apot_fx.disable_fake_quant)
+    assert model(x) is x
+    model.apply(apot_fx.enable_fake_quant)
+    assert fake(torch.tensor([7.0])).tolist() == [1.0] and model[1].fake_quant_enabled == [1]
+    model.apply(apot_fx.enable_observer)
+    assert fake(torch.tensor([7.0])).tolist() == [7.0]
+
+
+def test_what_is_refused() -> None:
+    for x in ([1.0, 2.0], torch.tensor([1, 2]), torch.ones(2) + 0j):
+        with pytest.raises(TensorError, match=r"APoTFakeQuantize: X is .*floating-point tensor"):
+            APoTFakeQuantize(b=4, k=2)(x)  # type: ignore[arg-type]
+        with pytest.raises(TensorError, match=r"x is .*floating-point tensor is wanted"):
+            fake_quantize_function.apply(x, *qparams())
+    with pytest.raises(TensorError, match="alpha is of type NoneType"):
+        fake_quantize_function.apply(torch.rand(2), None, *qparams()[1:])
 
 
 def test_state_copies_and_dtypes() -> None:

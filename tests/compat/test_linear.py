@@ -48,6 +48,31 @@ def test_forward_levels_is_linear_on_levels(b: int, k: int, signed: bool) -> Non
         assert torch.equal(layer.forward_levels(x), functional.linear(x, layer.levels))
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("scale", [1, 10**12])
+def test_sums_beyond_an_integers_range(signed: bool, scale: int) -> None:
+    """4096 inputs of 255 at b12k4 pass 2^63; so do large activations at b4k2."""
+    for b, k, count in ((12, 4, 4096), (4, 2, 4)):
+        if (b, signed) == (12, True):
+            continue  # more levels than a set may have
+        weight = torch.linspace(-1.0 if signed else 0.5, 1.0, count).expand(2, -1)
+        layer = LinearAPoT(weight, b, k, signed=signed)
+        x = torch.full((1, count), 255.0 * scale, dtype=torch.float64)
+        for found, factors in ((layer(x), layer.weight), (layer.forward_levels(x), layer.levels)):
+            wanted = 255 * scale * sum(int(factor) for factor in factors[0].tolist())
+            reach = 255 * scale * sum(abs(int(factor)) for factor in factors[0].tolist())
+            assert found[0].tolist() == pytest.approx(
+                [float(wanted)] * 2, rel=2**-23, abs=reach / 2**50
+            )
+
+
+def test_levels_compile_without_graph_breaks() -> None:
+    layer, x = made(4, 2, True), ints(4, 3)
+    for product in (layer, layer.forward_levels):
+        compiled = torch.compile(product, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), product(x))
+
+
 def test_the_original_parts_one_by_one() -> None:
     layer, x = made(8, 2), ints(2, 3)
     cut = np.empty((3, 5), dtype=object)
@@ -98,6 +123,16 @@ def test_what_is_refused() -> None:
             layer(ints(*shape))
     with pytest.raises(TensorError, match="no integers"):
         layer(torch.full((2, 3), 0.5))
+    with pytest.raises(TensorError, match="weight2quantize is of type list"):
+        LinearAPoT([[1.0]], 4, 2)  # type: ignore[arg-type]
+    blocks = torch.ones(3, 1, dtype=torch.int64)
+    for product in (layer, layer.forward_levels, lambda x: layer.matmul(blocks, x)):
+        for value in (0.5, float("inf"), float("nan")):
+            with pytest.raises(TensorError, match="no integers"):
+                product(torch.full((2, 3), value))
+        for x in (torch.ones(2, 3).bool(), torch.ones(2, 3) + 0j, [[1.0, 1.0, 1.0]]):
+            with pytest.raises(TensorError, match="a real tensor is wanted"):
+                product(x)
 
 
 def test_state_copies_and_fake_tensors() -> None:

@@ -51,6 +51,7 @@ OWN = {
     "_tables.py": {"searchsorted", "abs"},  # looks levels up, computes none
     "fake_quantize_function.py": {"abs", "where"},  # the mask
     "adaround_fake_quantize.py": {"clamp", "floor"},  # the affine grid
+    "linear.py": {"abs", "where"},  # which sums a shift would wrap around
 }
 
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from torch._subclasses import FakeTensorMode
 
 from apot_fx.compat import APoTObserver
-from apot_fx.errors import ApotError, CompatError, MissingPackageError
+from apot_fx.compat.adaround_fake_quantize import SymmetricMinMaxObserver
+from apot_fx.errors import ApotError, CompatError, MissingPackageError, TensorError
 from tests.compat.oracle import largest_sum, level_tensor, sums
 
 PAIRS = [(1, 1), (2, 2), (4, 2), (4, 1), (4, 4), (6, 2), (6, 3), (8, 1), (8, 2), (12, 4)]
@@ -116,6 +120,33 @@ def test_state_copies_and_half_keeps_its_ends() -> None:
     for other in (fresh, copy.deepcopy(observer)):
         pairs = zip(other.calculate_qparams(True), observer.calculate_qparams(True), strict=True)
         assert all(torch.equal(one, two) for one, two in pairs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("make", [lambda: APoTObserver(4, 2), SymmetricMinMaxObserver])
+def test_a_models_dtype_leaves_the_ends_alone(make: Callable[[], Any], dtype: torch.dtype) -> None:
+    plain, moved = make(), make()
+    for observer in (plain, moved):
+        observer(torch.tensor([0.1, 100.23]))
+    nn.Sequential(moved).to(dtype)
+    arguments = (False,) if isinstance(plain, APoTObserver) else ()
+    assert torch.equal(moved.low, plain.low) and torch.equal(moved.high, plain.high)
+    pairs = zip(
+        moved.calculate_qparams(*arguments), plain.calculate_qparams(*arguments), strict=True
+    )
+    assert all(torch.equal(one, two) for one, two in pairs)
+    moved(torch.tensor([208.0], dtype=dtype))
+    assert moved.high == 208.0
+
+
+def test_what_is_refused() -> None:
+    observer = APoTObserver(b=4, k=2)
+    for x in ([1, 2], None, torch.ones(2) + 0j, torch.ones(2).bool()):
+        with pytest.raises(TensorError, match=r"APoTObserver: x is .*a real tensor is wanted"):
+            observer(x)  # type: ignore[arg-type]
+    for ends in ((torch.zeros(3), 1.0), (0.0, torch.ones(3))):
+        with pytest.raises(TensorError, match=r"_val has shape \(3,\); one value is wanted"):
+            observer.calculate_qparams(False, *ends)
 
 
 def test_fake_tensors() -> None:

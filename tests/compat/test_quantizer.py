@@ -194,6 +194,10 @@ def test_fake_tensors() -> None:
         values = (dequantize_APoT(codes), quant_dequant_APoT(x, *table))
         single = float_to_apot(x, table[2], table[3], table[0])
         assert "?" in repr(codes.quantizer)
+        assert "?" in repr(codes.quantizer)
+    real = quantize_APoT(torch.rand(3), *qparams())
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        assert "16 levels" in repr(real)
     assert codes.data.dtype == torch.int32 and codes.data.stride() == x.stride()
     assert all(v.shape == x.shape and v.dtype == torch.float32 for v in values)
     assert single.dtype == torch.int64
@@ -299,13 +303,49 @@ def test_codes_and_inputs_that_are_refused() -> None:
         two.quantize(torch.rand(3))
 
 
+@pytest.mark.parametrize("place", range(4))
+def test_a_missing_qparam_is_named(place: int) -> None:
+    table: list[object] = list(qparams())
+    table[place] = None
+    name = ("alpha", "gamma", "quantization_levels", "level_indices")[place]
+    with pytest.raises(TensorError, match=f"{name} is of type NoneType; pass alpha, gamma"):
+        quantize_APoT(torch.rand(3), *table)  # type: ignore[arg-type]
+
+
+def test_other_wrong_qparams() -> None:
+    alpha, gamma, levels, codes = qparams()
+    with pytest.raises(TensorError, match=r"level_indices .* is torch\.float32; an integer tensor"):
+        quantize_APoT(torch.rand(3), alpha, gamma, codes, levels)
+    bad = {"is NaN": torch.tensor(NAN), r"shape \(3,\); one value": torch.ones(3)}
+    for message, wrong in bad.items():
+        quantizer = APoTQuantizer(wrong, gamma, levels, codes)
+        for use in (quantizer.q_apot_alpha, lambda q=quantizer: q.quantize(torch.rand(3))):
+            with pytest.raises(TensorError, match=f"alpha.*{message}"):
+                use()
+
+
+def test_what_is_no_tensor_of_codes() -> None:
+    for value in (torch.tensor([1, 2]), None):
+        with pytest.raises(TensorError, match="a TensorAPoT is wanted"):
+            dequantize_APoT(value)  # type: ignore[arg-type]
+    for data in ([1, 2], None, torch.rand(2)):
+        with pytest.raises(TensorError, match=r"apot_data is .*; an integer tensor is wanted"):
+            TensorAPoT(APoTQuantizer(*qparams()), data)  # type: ignore[arg-type]
+    for x in ("a", None):
+        with pytest.raises(TensorError, match="x is of type"):
+            float_to_apot(x, *qparams()[2:], 1.0)  # type: ignore[arg-type]
+
+
 # The quantizer and its tensor --------------------------------------------------------------------
 
 
 def test_q_apot_alpha_is_the_alpha_in_use() -> None:
     assert APoTQuantizer(*qparams(alpha=100.25)).q_apot_alpha() == 100.25
-    small = APoTQuantizer(torch.tensor([1e-30]), *qparams()[1:])
-    assert small.q_apot_alpha() == 2.0**-40
+    least = APoTQuantizer(*qparams(alpha=0.0))
+    assert least.q_apot_alpha() == 2.0**-40
+    for alpha in (2.0, 1e-30):  # the levels are those of 1
+        others = APoTQuantizer(torch.tensor([alpha]), *qparams()[1:])
+        assert others.q_apot_alpha() == others.quant_dequant(torch.tensor(9.0)) == 1.0
 
 
 def test_tensor_shows_moves_copies_and_keeps_its_state() -> None:

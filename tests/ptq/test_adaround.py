@@ -311,6 +311,11 @@ BAD: dict[str, tuple[dict[str, Any], type[ApotError], str]] = {
     "steps": ({"steps": 0}, ConfigError, "steps is 0"),
     "batch size": ({"batch_size": 1.5}, ConfigError, "batch_size is 1.5"),
     "limit": ({"cache_limit": -1}, ConfigError, "cache_limit is -1"),
+    "a bool": ({"steps": True}, ConfigError, "steps is True"),
+    "seed": ({"seed": "x"}, ConfigError, "seed is 'x'"),
+    "half a seed": ({"seed": 1.5}, ConfigError, r"seed is 1\.5"),
+    "large seed": ({"seed": 2**45}, ConfigError, "an int from 0 to 8796093022207"),
+    "negative seed": ({"seed": -1}, ConfigError, "seed is -1"),
 }
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import UserDict
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,13 @@ from apot_fx.ptq.shelf import Kept, Shelf
 from tests.nets import calibrated, seeded
 
 
+@pytest.mark.parametrize(
+    "wrap", [lambda x: x, lambda x: UserDict(input=x)], ids=["plain", "object"]
+)
 @pytest.mark.parametrize("limit", [0, 3000, 10000])
-def test_shelves_hold_no_more_than_the_limit(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_shelves_hold_no_more_than_the_limit(
+    limit: int, wrap: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     open_shelves: list[Shelf] = []
     held, spilled = [0], [0]
     real_put, real_exit = Shelf.put, Shelf.__exit__
@@ -40,7 +46,8 @@ def test_shelves_hold_no_more_than_the_limit(limit: int, monkeypatch: pytest.Mon
     model = seeded(lambda: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8)))
     batches = [torch.randn(16, 8) for _ in range(8)]
     prepared = calibrated(model, batches, QConfig.from_preset("w3a8"))
-    adaround(prepared, batches, steps=5, cache_limit=limit, progress=False)
+    given = [wrap(x) for x in batches]
+    adaround(prepared, given, steps=5, cache_limit=limit, progress=False)
     total = 8 * 16 * 8 * 4  # bytes of the batches; a unit has as many twice
     assert max(held) <= limit < 3 * total and max(spilled) >= 3 * total - limit
     assert not open_shelves

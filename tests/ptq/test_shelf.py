@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections import UserDict
 from typing import Any
 
 import pytest
@@ -11,7 +13,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from apot_fx.ptq.samples import Sample, Samples
 from apot_fx.ptq.shelf import Shelf
-from apot_fx.values import same_bits
+from apot_fx.values import same_bits, tensors_in
 
 VALUES = [
     torch.randn(5, 3),
@@ -62,6 +64,46 @@ def test_modules_stay_themselves_and_other_objects_are_copied() -> None:
 class _Cache:
     def __init__(self) -> None:
         self.seen: list[int] = []
+
+
+@dataclasses.dataclass
+class _Batch:
+    x: torch.Tensor
+    extra: dict[str, Any]
+
+
+@pytest.mark.parametrize("limit", [0, 10**9])
+def test_objects_lay_their_tensors_on_the_shelf(limit: int) -> None:
+    x, y = torch.randn(10, 3), torch.arange(7)
+    filled = _Cache()
+    filled.seen, filled.again = [x], x
+    values = [
+        UserDict(a=x, b=UserDict(c=y)),
+        _Batch(x, {"y": y, "seen": filled}),
+        filled,
+    ]
+    for value in values:
+        with Shelf(limit) as shelf:
+            kept = shelf.put(value)
+            assert (shelf.held, shelf.spilled)[limit == 0] == sum(
+                t.numel() * t.element_size() for t in {id(t): t for t in tensors_in(value)}.values()
+            )
+            found = kept.take()
+            assert type(found) is type(value) and same_bits(value, found)
+            tensors_in(found)[0].fill_(7)
+            assert same_bits(value, kept.take())
+    assert found.again is found.seen[0]  # one tensor stays one
+
+
+def test_an_object_that_takes_no_places_is_copied() -> None:
+    class Strict(UserDict):  # type: ignore[type-arg]
+        def __setstate__(self, state: dict[str, Any]) -> None:
+            assert all(isinstance(v, torch.Tensor) for v in state["data"].values())
+            self.__dict__.update(state)
+
+    value = Strict(a=torch.randn(3))
+    with Shelf(0) as shelf:
+        assert same_bits(value, shelf.put(value).take())
 
 
 def test_packed_sequences() -> None:
