@@ -134,14 +134,18 @@ class FakeQuantize(nn.Module):
         return self.level_set
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.observer_enabled:
-            self._observe(x)
-        return self.on_grid(x)
+        return self.on_grid(x, known=self._observe(x) if self.observer_enabled else None)
 
-    def on_grid(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+    def on_grid(
+        self,
+        x: torch.Tensor,
+        rows: torch.Tensor | None = None,
+        known: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """What :meth:`forward` gives, with nothing observed.
 
         ``rows``: ``x`` is not the whole weight but these rows of it, each with its own α.
+        ``known``: the result's values, where they came along the way.
         """
         if self.training and self.state == FROZEN:  # calibrated while in train mode
             self.state = LEARNING
@@ -155,29 +159,29 @@ class FakeQuantize(nn.Module):
         how = (self.level_spec, self.axis, self.group_size, grad, not self.training)
         kept = _KEPT.get()
         if kept is None or rows is not None or self.observer is not None or not _is_plain(x):
-            return eager.fake_quantize(x, alpha, *how)
+            return eager.fake_quantize(x, alpha, *how, known)
         made_of = (x.data_ptr(), x._version, x.shape, self.alpha._version, *how)
         before, known = kept.get(self, (None, None))
         y = eager.fake_quantize(x, alpha, *how, known if before == made_of else None)
         kept[self] = made_of, y.detach()
         return y
 
-    @torch.no_grad()
-    def _observe(self, x: torch.Tensor) -> None:
-        if self.observer is None:
-            self._set_alpha(
-                weight_alpha(
-                    x, self.known_level_set(), self.spec.observer, self.axis, self.group_size
-                )
-            )
-            return
-        if self.state != OBSERVING:
-            self.observer.follow(x, self.known_level_set(), self.alpha)
-            return
-        self.observer(x)
-        if self.training and self.observer.seen:
-            # First train forward without calibration: one batch says too little about signs.
-            self._leave_observing(signed=self.known_sign is not False)
+    def _observe(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Let the observer see ``x``; the result's values, where they came along the way."""
+        if self.observer is not None and self.state != OBSERVING:
+            y = self.observer.follow(x, self.level_spec, self.alpha, not self.training)
+            return y if self.fake_quant_enabled else None
+        with torch.no_grad():
+            if self.observer is None:
+                spec, level_set = self.spec, self.known_level_set()
+                alpha = weight_alpha(x, level_set, spec.observer, self.axis, self.group_size)
+                self._set_alpha(alpha)
+                return None
+            self.observer(x)
+            if self.training and self.observer.seen:
+                # First train forward without calibration: one batch says too little about signs.
+                self._leave_observing(signed=self.known_sign is not False)
+        return None
 
     def freeze_by(self, observer: Observer) -> None:
         """Take over another observer's statistics and freeze as if they had been seen here."""

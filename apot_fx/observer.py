@@ -16,6 +16,7 @@ from .collectives import largest_of_ranks, several_ranks, sum_of_ranks
 from .config import ACTIVATION_OBSERVERS, check_choice
 from .errors import CalibrationError, TensorError
 from .kernels import ALPHA_MAX, ALPHA_MIN, eager, reference
+from .kernels.dispatch import Led
 from .kernels.layout import rows_of
 from .kernels.reference import BINS, SUB_BITS
 from .levels import LevelSet
@@ -96,10 +97,17 @@ class Observer(nn.Module, abc.ABC):
     def _rows(self, x: torch.Tensor) -> torch.Tensor:
         return rows_of(x.float(), self.axis, self.group_size)
 
-    def follow(self, x: torch.Tensor, level_set: LevelSet, alpha: torch.Tensor) -> None:
-        """Observe ``x`` and write the α then proposed into ``alpha``."""
+    def follow(
+        self, x: torch.Tensor, spec: str, alpha: torch.Tensor, nan_to_zero: bool
+    ) -> torch.Tensor | None:
+        """Observe ``x`` and write the α then proposed for a level set into ``alpha``.
+
+        Returns the fake-quantized ``x`` where it came along the way, as with ``nan_to_zero``.
+        """
         self(x)
-        alpha.copy_(self.propose(level_set))
+        with torch.no_grad():
+            alpha.copy_(self.propose(LevelSet.parse(spec)))
+        return None
 
     def _widen(self, low: torch.Tensor, high: torch.Tensor) -> None:
         self.low.copy_(torch.minimum(self.low, low.reshape(self.low.shape)))
@@ -138,11 +146,15 @@ class MinMaxObserver(Observer):
 
     constant = 0.0
 
-    def follow(self, x: torch.Tensor, level_set: LevelSet, alpha: torch.Tensor) -> None:
-        here = self.axis is None and not several_ranks()
-        seen = (self.low, self.high, alpha, level_set.spec, self.constant)
-        if not here or not eager.follow(x, *seen):
-            super().follow(x, level_set, alpha)
+    def follow(
+        self, x: torch.Tensor, spec: str, alpha: torch.Tensor, nan_to_zero: bool
+    ) -> torch.Tensor | None:
+        if not several_ranks():
+            led = Led(self.low, self.high, self.constant)
+            y = eager.follow(x, alpha, spec, led, nan_to_zero)
+            if y is not None:
+                return y
+        return super().follow(x, spec, alpha, nan_to_zero)
 
 
 class MovingAverageObserver(MinMaxObserver):

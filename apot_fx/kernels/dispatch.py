@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -267,26 +267,34 @@ def histogram(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return found, counts
 
 
-def follow(
-    x: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    alpha: torch.Tensor,
-    spec: str,
-    constant: float,
-) -> bool:
-    """Take ``x`` into the range seen so far and set α by it, all in place; False: not done.
+class Led(NamedTuple):
+    """What leads an α: the range seen so far, each a scalar tensor that is written in place.
 
-    ``constant``: of a moving average of the range; 0 for the range itself.
+    ``constant``: of a moving average of the batches' ranges; 0 for the range of all.
     """
-    if not (_is_dense(x) and low.is_cpu and alpha.is_cpu and alpha.dim() == 0):
-        return False
-    address = _set_address(spec, False)
+
+    low: torch.Tensor
+    high: torch.Tensor
+    constant: float
+
+
+def follow(
+    x: torch.Tensor, alpha: torch.Tensor, spec: str, led: Led, nan_to_zero: bool
+) -> torch.Tensor | None:
+    """Take ``x`` into the range, set α by it in place, and fake-quantize; None: nothing done."""
+    address = _set_address(spec, False) if _is_dense(x) and _is_scalar(alpha, *led[:2]) else 0
     if not address:
-        return False
-    at = (t.data_ptr() for t in (low, high, alpha))
-    _run("apot_follow", x.data_ptr(), x.numel(), _DTYPES[x.dtype], *at, address, constant)
-    return True
+        return None
+    dtype = torch.float32 if nan_to_zero else x.dtype
+    out = torch.empty_like(x, dtype=dtype)
+    kinds = (x.numel(), _DTYPES[x.dtype], _DTYPES[dtype], nan_to_zero)
+    at = (t.data_ptr() for t in (led.low, led.high, alpha))
+    _run("apot_follow", x.data_ptr(), out.data_ptr(), *kinds, *at, address, led.constant)
+    return out
+
+
+def _is_scalar(*tensors: torch.Tensor) -> bool:
+    return all(t.dim() == 0 and t.is_cpu and t.dtype is torch.float32 for t in tensors)
 
 
 def pack(index: torch.Tensor, bits: int) -> torch.Tensor:

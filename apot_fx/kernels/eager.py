@@ -44,17 +44,12 @@ def fake_quantize(
 
 
 def follow(
-    x: torch.Tensor,
-    low: torch.Tensor,
-    high: torch.Tensor,
-    alpha: torch.Tensor,
-    spec: str,
-    constant: float,
-) -> bool:
-    """:func:`dispatch.follow`, where nobody is watching; False: not done."""
+    x: torch.Tensor, alpha: torch.Tensor, spec: str, led: dispatch.Led, nan_to_zero: bool
+) -> torch.Tensor | None:
+    """:func:`dispatch.follow`, where nobody is watching; None: nothing done."""
     if type(x) not in _PLAIN or _watched(x):
-        return False
-    return dispatch.follow(x, low, high, alpha, spec, constant)
+        return None
+    return dispatch.follow(x, alpha, spec, led, nan_to_zero)
 
 
 class QuantizedData(NamedTuple):
@@ -115,7 +110,8 @@ class _FakeQuantize(torch.autograd.Function):
         nan_to_zero: bool,
         known: torch.Tensor | None,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x, alpha)
+        led = grad == "ste" and known is not None  # then α may be another when gradients come
+        ctx.save_for_backward(x, alpha.clone() if led else alpha)
         ctx.how = spec, axis, group_size, grad
         if not ctx.needs_input_grad[0] and grad == "rcf" and axis is None:
             ctx.data = QuantizedData(x, alpha, spec)

@@ -249,12 +249,28 @@ def test_following(
     """An observer that leads α: in one call as in three."""
     one, other = kind(), kind()
     alpha, expected = torch.ones(()), torch.ones(())
-    for batch in batches:
+    for turn, batch in enumerate(batches):
         x = torch.tensor(batch, dtype=torch.float32)
-        one.follow(x, levels, alpha)
-        Observer.follow(other, x, levels, expected)
+        nan_to_zero = bool(turn % 2)
+        y = one.follow(x, levels.spec, alpha, nan_to_zero)
+        assert Observer.follow(other, x, levels.spec, expected, nan_to_zero) is None
         found = (alpha, one.low, one.high)
         assert all(map(torch.equal, found, (expected, other.low, other.high)))
+        assert y is not None
+        arguments = (x, alpha, levels.spec, None, None, "ste", nan_to_zero)
+        check_same(y, reference.fake_quantize(*arguments))
+
+
+def test_following_in_several_items_and_dtypes() -> None:
+    x = torch.randn(3, 40_000, generator=torch.Generator().manual_seed(0))
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for kind in (MinMaxObserver, MovingAverageObserver):
+            observer, alpha = kind(), torch.ones(())
+            for scale in (1.0, 0.5, 2.0):  # α is set, stays, grows
+                part = (x * scale).to(dtype).t()
+                y = observer.follow(part, SETS[0].spec, alpha, False)
+                assert y is not None
+                check_same(y, reference.fake_quantize(part, alpha, SETS[0].spec))
 
 
 @pytest.mark.parametrize("bits", range(1, 9))

@@ -31,7 +31,11 @@ _SIGNATURES = {
     "apot_backward": (*(_POINTER,) * 6, *_LAYOUT, _INT, _INT),
     "apot_ends": (_POINTER, _LONG, _INT, _POINTER, _INT),
     "apot_histogram": (_POINTER, _LONG, _INT, _POINTER, _POINTER, _INT),
-    "apot_follow": (_POINTER, _LONG, _INT, *(_POINTER,) * 4, ctypes.c_float, _INT),
+    "apot_follow": (
+        *(_POINTER, _POINTER, _LONG, _INT, _INT, _INT),
+        *((_POINTER,) * 4),
+        *(ctypes.c_float, _INT),
+    ),
     "apot_pack": (_POINTER, _POINTER, _LONG, _INT, _INT),
     "apot_unpack": (_POINTER, _POINTER, _LONG, _INT, _INT),
 }

@@ -102,11 +102,65 @@ static float moved(float kept, float new, float constant) {
   return __builtin_isinf(kept) ? new : kept + constant * (new - kept);
 }
 
-/* Take x into the range seen so far, or (constant) its moving average, and set α by it. */
-APOT_PUBLIC int apot_follow(const void *x, int64_t count, int in, float *low, float *high,
-                            float *alpha, const apot_set *set, float constant, int threads) {
-  float ends[2];
-  if (!apot_ends(x, count, in, ends, threads)) return 0;
+/* x quantized by one α while its ends are found. */
+typedef struct {
+  seen all;
+  apot_span span;
+  size_t out; /* bytes of a result */
+  int finds_ends;
+} led;
+
+/* Ends first: a block that was read lies in the cache for what follows. */
+static void led_item(void *context, int64_t item) {
+  const led *l = context;
+  int64_t at = item * APOT_ITEM, end = at + APOT_ITEM < l->all.count ? at + APOT_ITEM : l->all.count;
+  float *ends = l->all.ends + 2 * item;
+  if (l->finds_ends) {
+    ends[0] = __builtin_inff();
+    ends[1] = -__builtin_inff();
+  }
+  for (; at < end; at += APOT_BLOCK) {
+    float own[2];
+    apot_span s = l->span;
+    s.x = apot_from(s.x, at, size_of(s.in));
+    s.out = (char *)s.out + (size_t)at * l->out;
+    s.count = end - at < APOT_BLOCK ? end - at : APOT_BLOCK;
+    s.ends = own;
+    if (l->finds_ends) {
+      apot_current->ends(&s);
+      if (own[0] < ends[0]) ends[0] = own[0];
+      if (own[1] > ends[1]) ends[1] = own[1];
+    }
+    apot_current->fake_quantize(&s);
+  }
+}
+
+static void quantize_led(led *l, float alpha, int64_t items, int threads) {
+  apot_clip clip = apot_clip_of(alpha, l->span.set);
+  apot_use_clip(&l->span, &clip);
+  apot_share_out(led_item, l, items, threads);
+}
+
+/* Take x into the range seen so far, or (constant) its moving average, set α by it, and put x on its
+ * grid. A range that is seen in full seldom grows, so x is quantized by the last α while its ends
+ * are found, and again where they change α. */
+APOT_PUBLIC int apot_follow(const void *x, void *out, int64_t count, int in, int to,
+                            int nan_to_zero, float *low, float *high, float *alpha,
+                            const apot_set *set, float constant, int threads) {
+  float few[2 * 64], ends[2];
+  int64_t items = (count + APOT_ITEM - 1) / APOT_ITEM;
+  led l = {.all = {.x = x, .count = count, .item = APOT_ITEM, .in = in}, .out = size_of(to)};
+  l.span = (apot_span){.x = x, .out = out, .set = set, .in = in, .to = to};
+  l.span.nan_to_zero = nan_to_zero;
+  l.all.kernel = apot_current->ends;
+  l.all.ends = items <= 64 ? few : malloc(2 * sizeof(float) * (size_t)items);
+  if (!l.all.ends) return 0;
+  if (count < APOT_WORTH_THREADS) threads = 1;
+  float before = *alpha;
+  l.finds_ends = !constant;
+  if (constant) apot_share_out(seen_item, &l.all, items, threads);
+  else quantize_led(&l, before, items, threads);
+  join_ends(&l.all, items, ends);
   if (constant) {
     *low = moved(*low, ends[0], constant);
     *high = moved(*high, ends[1], constant);
@@ -115,5 +169,8 @@ APOT_PUBLIC int apot_follow(const void *x, int64_t count, int in, float *low, fl
     if (ends[1] > *high) *high = ends[1];
   }
   *alpha = covering(*low, *high, set);
+  l.finds_ends = 0;
+  if (constant || *alpha != before) quantize_led(&l, *alpha, items, threads);
+  if (l.all.ends != few) free(l.all.ends);
   return 1;
 }
