@@ -23,7 +23,7 @@ def runtime(name: str) -> str:
         return ""
     command = ["gcc", f"-print-file-name={name}"]
     path = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
-    return path if os.path.isabs(path) else ""
+    return path if Path(path).is_absolute() else ""
 
 
 @pytest.mark.slow
