@@ -157,8 +157,9 @@ class FakeQuantize(nn.Module):
             alpha = alpha.index_select(0, rows)
         grad = "rcf" if learns else "ste"
         how = (self.level_spec, self.axis, self.group_size, grad, not self.training)
-        kept = _KEPT.get()
-        if kept is None or rows is not None or self.observer is not None or not _is_plain(x):
+        # The first questions come first: a compiler does not follow the last.
+        kept = None if self.observer is not None or not _is_plain(x) else _KEPT.get()
+        if kept is None or rows is not None:
             return eager.fake_quantize(x, alpha, *how, known)
         made_of = (x.data_ptr(), x._version, x.shape, self.alpha._version, *how)
         before, known = kept.get(self, (None, None))

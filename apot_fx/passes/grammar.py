@@ -63,20 +63,22 @@ def _reads_true_float(stage: StageModule, node: fx.Node) -> None:
     """A quantizer of its own must stand behind a float op, never behind a quantized layer.
 
     A max pool with other readers is a float op."""
-    pending = [(source(node), True)]
+    pending = [(source(node), True, False)]
     while pending:
-        value, zero_survives = pending.pop()
+        value, zero_survives, is_shared = pending.pop()
+        is_shared = is_shared or len(value.users) > 1
         layer = source(value) if value.target is operator.getitem else value
         producer = called_module(stage, layer)
         if isinstance(producer, ConvertedOp) and not producer.standalone:
             raise GrammarError(f"{node.name}: quantizes what {layer.name} gives in float")
         match, limits = index_op(stage, value), bounds(stage, value)
         if limits is not None:
-            pending.append((source(value), zero_survives and limits[0] <= 0 <= limits[1]))
-        elif match is None or (match.kind == "max" and len(value.users) > 1):
+            zero_survives = zero_survives and limits[0] <= 0 <= limits[1]
+            pending.append((source(value), zero_survives, is_shared))
+        elif match is None or (match.kind == "max" and is_shared):
             continue
         elif zero_survives or match.kind != "zero_pad":
-            pending.extend((inner, zero_survives) for inner in match.inputs)
+            pending.extend((inner, zero_survives, is_shared) for inner in match.inputs)
 
 
 def _sources(stage: StageModule, node: fx.Node) -> Iterator[fx.Node]:

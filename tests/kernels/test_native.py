@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
-from apot_fx import LevelSet
+from apot_fx import ActivationSpec, LevelSet, WeightSpec
+from apot_fx.fake_quant import FakeQuantize
 from apot_fx.kernels import dispatch, eager, native, packing, reference, status
 from apot_fx.observer import MinMaxObserver, MovingAverageObserver, Observer
 
@@ -320,6 +321,16 @@ def test_one_compiled_graph() -> None:
     compiled = torch.compile(eager.fake_quantize, fullgraph=True, backend="aot_eager")
     arguments = (torch.randn(6, 7), torch.tensor(0.7), SETS[0].spec)
     assert torch.equal(compiled(*arguments), eager.fake_quantize(*arguments))
+
+
+def test_one_compiled_graph_of_modules() -> None:
+    weight = FakeQuantize.for_weight(torch.randn(6, 7), WeightSpec(4), "weight").train()
+    activation = FakeQuantize.for_activation(ActivationSpec(4), signed=True)
+    activation.train()(torch.randn(5, 7))
+    x = torch.randn(6, 7)
+    for module in (weight, activation):
+        compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), module(x))
 
 
 @pytest.mark.slow

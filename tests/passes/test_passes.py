@@ -322,6 +322,19 @@ def test_dropout_is_passed_only_without_other_readers() -> None:
     assert len(calls(prepared(both), "drop")) == 1
 
 
+@pytest.mark.parametrize("clamped", [False, True])
+def test_a_max_pool_with_a_float_reader_runs_once(clamped: bool) -> None:
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        y = functional.max_pool2d(self.a(x), 3, 1, 1)
+        y = y.relu().flip(1) if clamped else y
+        return self.b(y) + y
+
+    stage, x = prepared(forward), torch.randn(2, 4, 6, 6)
+    converted = apot_fx.convert_apot(stage)
+    assert [len(calls(s, "max_pool2d")) for s in (stage, converted)] == [1, 1]
+    assert apot_fx.check_parity(stage, converted, [x]).ok
+
+
 def test_grammar_can_fail() -> None:
     stage = trace(seeded(Branches))
     run_passes(stage, (*capture_passes(), *prepare_passes(UNIFORM)))
