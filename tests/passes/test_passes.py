@@ -331,7 +331,8 @@ def test_a_max_pool_with_a_float_reader_runs_once(clamped: bool) -> None:
 
     stage, x = prepared(forward), torch.randn(2, 4, 6, 6)
     converted = apot_fx.convert_apot(stage)
-    assert [len(calls(s, "max_pool2d")) for s in (stage, converted)] == [1, 1]
+    for one in (stage, converted):
+        assert sum(node.name.startswith("max_pool") for node in one.graph.nodes) == 1
     assert apot_fx.check_parity(stage, converted, [x]).ok
 
 
