@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -23,9 +23,17 @@ from .levels import LevelSet
 from .observer import Observer, make_observer, weight_alpha
 from .tensor import check_alpha, keep_float32
 
-#: What weights became, and of what, while :func:`keeping_weights` runs.
-_Kept = WeakKeyDictionary["FakeQuantize", tuple[object, torch.Tensor]]
-_KEPT: ContextVar[_Kept | None] = ContextVar("kept", default=None)
+
+class _Kept(NamedTuple):
+    """What a weight became, and of what."""
+
+    weight: nn.Parameter
+    made_of: object
+    result: torch.Tensor
+
+
+#: While :func:`keeping_weights` runs: of every weight's fake-quant.
+_KEPT: ContextVar[WeakKeyDictionary[FakeQuantize, _Kept] | None] = ContextVar("kept", default=None)
 
 OBSERVING, FROZEN, LEARNING = "observing", "frozen", "learning"
 
@@ -158,13 +166,16 @@ class FakeQuantize(nn.Module):
         grad = "rcf" if learns else "ste"
         how = (self.level_spec, self.axis, self.group_size, grad, not self.training)
         # The first questions come first: a compiler does not follow the last.
-        kept = None if self.observer is not None or not _is_plain(x) else _KEPT.get()
-        if kept is None or rows is not None:
+        weight = None if self.observer is not None or rows is not None else _parameter_of(x)
+        kept = None if weight is None else _KEPT.get()
+        if weight is None or kept is None:
             return eager.fake_quantize(x, alpha, *how, known)
         made_of = (x.data_ptr(), x._version, x.shape, self.alpha._version, *how)
-        before, known = kept.get(self, (None, None))
-        y = eager.fake_quantize(x, alpha, *how, known if before == made_of else None)
-        kept[self] = made_of, y.detach()
+        found = kept.get(self)
+        if found is not None and found.weight is weight and found.made_of == made_of:
+            return eager.fake_quantize(x, alpha, *how, found.result)
+        y = eager.fake_quantize(x, alpha, *how)
+        kept[self] = _Kept(weight, made_of, y.detach())
         return y
 
     def _observe(self, x: torch.Tensor) -> torch.Tensor | None:
@@ -263,9 +274,12 @@ class FakeQuantize(nn.Module):
         return f"{self.state}, {levels}, alpha{tuple(self.alpha.shape)}"
 
 
-def _is_plain(x: torch.Tensor) -> bool:
-    """Whether it can be seen if a tensor is what it was."""
-    return not torch.compiler.is_compiling() and not x.is_inference()
+def _parameter_of(x: torch.Tensor) -> nn.Parameter | None:
+    """The Parameter that a weight is, or a view of; None where it is computed or can't be seen."""
+    if torch.compiler.is_compiling() or x.is_inference():
+        return None
+    base = x if x._base is None else x._base
+    return base if isinstance(base, nn.Parameter) else None
 
 
 @contextmanager

@@ -14,7 +14,7 @@ def accumulating() -> AbstractContextManager[None]:
     so do the bits of every result and gradient. A weight or α that was written in place (by an
     optimizer's step, say) is quantized anew; writes through ``.data`` go unseen, so keep these
     outside. The quantized weights of all layers stay in memory until the context ends. Compiled
-    code quantizes at every pass.
+    code, and weights that are computed (by a parametrization), quantize at every pass.
 
     >>> import torch, apot_fx
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3))

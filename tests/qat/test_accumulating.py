@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 
 import apot_fx
 from apot_fx.kernels import dispatch
@@ -90,3 +92,16 @@ def test_layers_of_a_stage_of_its_own() -> None:
         for _ in range(2):
             assert torch.equal(one(BATCHES[0]), expected[0])
             assert torch.equal(other(BATCHES[0]), expected[1])
+
+
+def test_computed_weights_are_never_kept() -> None:
+    """Their memory may come again with other values."""
+    model = seeded(lambda: nn.Sequential(weight_norm(nn.Linear(6, 9)), nn.ReLU(), nn.Linear(9, 4)))
+    config = apot_fx.QConfig.from_preset("w3a3")
+    one, other = (calibrated(model, list(BATCHES), config).train() for _ in range(2))
+    with apot_fx.qat.accumulating(), torch.no_grad():
+        for _ in range(5):
+            for net in (one, other):
+                for parameter in net.get_submodule("0.parametrizations").parameters():
+                    parameter.mul_(0.9)
+            assert torch.equal(one(BATCHES[0]), copy.deepcopy(other)(BATCHES[0]))
