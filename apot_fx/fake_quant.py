@@ -28,8 +28,14 @@ class _Kept(NamedTuple):
     """What a weight became, and of what."""
 
     weight: nn.Parameter
+    alpha: torch.Tensor
     made_of: object
     result: torch.Tensor
+    version: int  # of the result
+
+    def is_of(self, weight: nn.Parameter, alpha: torch.Tensor, made_of: object) -> bool:
+        same = self.weight is weight and self.alpha is alpha and self.made_of == made_of
+        return same and self.result._version == self.version
 
 
 #: While :func:`keeping_weights` runs: of every weight's fake-quant.
@@ -161,6 +167,8 @@ class FakeQuantize(nn.Module):
             return _Unused.apply(x, self.alpha) if self.training else x
         learns = self.state == LEARNING and not self.observer_enabled
         alpha = self.alpha if learns or self.training else self.alpha.detach()
+        if self.training and self.observer_enabled:
+            alpha = alpha.clone()  # it may be another when gradients come
         if rows is not None and self.axis is not None:
             alpha = alpha.index_select(0, rows)
         grad = "rcf" if learns else "ste"
@@ -170,12 +178,13 @@ class FakeQuantize(nn.Module):
         kept = None if weight is None else _KEPT.get()
         if weight is None or kept is None:
             return eager.fake_quantize(x, alpha, *how, known)
-        made_of = (x.data_ptr(), x._version, x.shape, self.alpha._version, *how)
+        made_of = (x.data_ptr(), x._version, x.shape, x.stride(), self.alpha._version, *how)
         found = kept.get(self)
-        if found is not None and found.weight is weight and found.made_of == made_of:
+        if found is not None and found.is_of(weight, self.alpha, made_of):
             return eager.fake_quantize(x, alpha, *how, found.result)
         y = eager.fake_quantize(x, alpha, *how)
-        kept[self] = _Kept(weight, made_of, y.detach())
+        result = y.detach()
+        kept[self] = _Kept(weight, self.alpha, made_of, result, result._version)
         return y
 
     def _observe(self, x: torch.Tensor) -> torch.Tensor | None:

@@ -22,17 +22,30 @@ from .kernels.reference import BINS, SUB_BITS
 from .levels import LevelSet
 
 
-def covering_alpha(low: torch.Tensor, high: torch.Tensor, level_set: LevelSet) -> torch.Tensor:
+def covering_alpha(
+    low: torch.Tensor, high: torch.Tensor, limits: tuple[int, int, int]
+) -> torch.Tensor:
     """The smallest α whose range ``[q_min, q_max] · α/M`` holds [low, high], within α's limits.
 
-    An unsigned set looks at ``high`` alone.
+    ``limits``: M, q_min and q_max. An unsigned set looks at ``high`` alone.
     """
-    unit, alpha = level_set.unit, torch.zeros_like(high)
-    if level_set.q_max > 0:
-        alpha = high.clamp(min=0) * (unit / level_set.q_max)
-    if level_set.q_min < 0:
-        alpha = torch.maximum(alpha, (-low).clamp(min=0) * (unit / -level_set.q_min))
+    unit, q_min, q_max = limits
+    alpha = torch.zeros_like(high)
+    if q_max > 0:
+        alpha = high.clamp(min=0) * (unit / q_max)
+    if q_min < 0:
+        alpha = torch.maximum(alpha, (-low).clamp(min=0) * (unit / -q_min))
     return alpha.clamp(ALPHA_MIN, ALPHA_MAX)
+
+
+def _limits(spec: str) -> tuple[int, int, int]:
+    """Unit, smallest and largest level of a set."""
+    level_set = LevelSet.parse(spec)
+    return level_set.unit, level_set.q_min, level_set.q_max
+
+
+#: The same for a compiler, which can't look into a level set.
+_fixed_limits = torch.compiler.assume_constant_result(_limits)
 
 
 def _of_ranks(ends: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -115,10 +128,13 @@ class Observer(nn.Module, abc.ABC):
 
     def propose(self, level_set: LevelSet) -> torch.Tensor:
         """α for a level set, float32, of ``shape``, within [2^-40, 2^40]."""
+        return self._covering(_limits(level_set.spec))
+
+    def _covering(self, limits: tuple[int, int, int]) -> torch.Tensor:
         seen = self.high >= self.low
         zero = torch.zeros_like(self.low)
         low, high = torch.where(seen, self.low, zero), torch.where(seen, self.high, zero)
-        return covering_alpha(low, high, level_set)
+        return covering_alpha(low, high, limits)
 
     def reset(self) -> None:
         """Forget everything."""
@@ -154,7 +170,10 @@ class MinMaxObserver(Observer):
             y = eager.follow(x, alpha, spec, led, nan_to_zero)
             if y is not None:
                 return y
-        return super().follow(x, spec, alpha, nan_to_zero)
+        self(x)
+        with torch.no_grad():
+            alpha.copy_(self._covering(_fixed_limits(spec)))
+        return None
 
 
 class MovingAverageObserver(MinMaxObserver):
@@ -345,7 +364,7 @@ def weight_alpha(
     rows = rows_of(weight, axis, group_size)  # widened in parts: a bf16 weight would take thrice
     if not rows.shape[1]:
         rows = rows.new_zeros(len(rows), 1)
-    largest = covering_alpha(rows.amin(1).float(), rows.amax(1).float(), level_set)
+    largest = covering_alpha(rows.amin(1).float(), rows.amax(1).float(), _limits(level_set.spec))
     if observer == "mse":
         count = max(1, _CHUNK // rows.shape[1])
         parts = zip(rows.split(count), largest.split(count), strict=True)

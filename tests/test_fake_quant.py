@@ -132,3 +132,40 @@ def test_half_models_keep_float32_scales() -> None:
     y = wrapped(torch.randn(4).half())
     assert y.dtype == torch.float32  # in eval the grid stays exact
     assert wrapped.train()(torch.randn(4).half()).dtype == torch.float16
+
+
+@pytest.mark.parametrize("observer", ["minmax", "moving_average", "mse", "percentile"])
+def test_led_twice_before_gradients(observer: str) -> None:
+    spec = ActivationSpec(4, observer=observer)
+    quant = FakeQuantize.for_activation(spec, signed=True).train()
+    x = torch.randn(50, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    quant(x)
+    quant.observer_enabled = True
+    first, second = quant(x.detach() * 0.5), quant(x)
+    inside = quant.alpha.detach().clone()
+    (quant(x) + quant(4 * x)).sum().backward()
+    assert x.grad is not None and quant.alpha.grad is None
+    assert first.shape == second.shape and bool(quant.alpha >= inside)
+
+
+@pytest.mark.parametrize("observer", ["minmax", "moving_average"])
+def test_led_in_one_compiled_graph(observer: str) -> None:
+    made = []
+    for compiles in (False, True):
+        quant = FakeQuantize.for_activation(ActivationSpec(4, observer=observer), signed=True)
+        quant.train()(torch.linspace(-1, 1, 9))
+        quant.observer_enabled = True
+        call = torch.compile(quant, fullgraph=True, backend="aot_eager") if compiles else quant
+        made.append((call(torch.linspace(-2, 3, 9)), quant.alpha.detach()))
+    assert all(map(torch.equal, *made))
+
+
+def test_a_leading_observer_is_seen_by_earlier_gradients() -> None:
+    quant = FakeQuantize.for_activation(ActivationSpec(4, observer="minmax"), signed=True).train()
+    x = torch.randn(50).requires_grad_()
+    quant(x)
+    y = quant(x)
+    quant.observer_enabled = True
+    quant(3 * x.detach())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.sum().backward()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -122,9 +123,31 @@ def _takes(x: torch.Tensor, alpha: torch.Tensor) -> bool:
     return plain and alpha.dtype is torch.float32 and alpha.is_cpu
 
 
-def _address(x: torch.Tensor, alpha: torch.Tensor, spec: str, indices: bool) -> int:
+def _fits(shape: torch.Size, alpha: torch.Tensor, axis: int | None, group_size: int | None) -> bool:
+    """Whether α has one value for every channel or group. What does not fit is the reference's to
+    broadcast or to refuse: it reads no memory that is not there."""
+    if axis is None:
+        return group_size is None and alpha.numel() == 1
+    if not -len(shape) <= axis < len(shape):
+        return False
+    channels = shape[axis]
+    if group_size is None:
+        return alpha.shape == (channels,)
+    row = math.prod(shape) // max(1, channels)
+    return group_size > 0 and alpha.shape == (channels, -(-row // group_size))
+
+
+def _address(
+    x: torch.Tensor,
+    alpha: torch.Tensor,
+    spec: str,
+    where: tuple[int | None, int | None],
+    indices: bool,
+) -> int:
     """Where the set's tables are for the compiled kernels; 0 where they don't take the call."""
-    return _set_address(spec, indices) if _LIBRARY is not None and _takes(x, alpha) else 0
+    if _LIBRARY is None or not _takes(x, alpha) or not _fits(x.shape, alpha, *where):
+        return 0
+    return _set_address(spec, indices)
 
 
 def _forward(
@@ -160,7 +183,7 @@ def fake_quantize(
     nan_to_zero: bool = False,
 ) -> torch.Tensor:
     """As :func:`reference.fake_quantize`."""
-    address = _address(x, alpha, spec, indices=False)
+    address = _address(x, alpha, spec, (axis, group_size), indices=False)
     if not address:
         return reference.fake_quantize(x, alpha, spec, axis, group_size, grad, nan_to_zero)
     dtype = torch.float32 if nan_to_zero else x.dtype
@@ -178,8 +201,9 @@ def fake_quantize_backward(
     mode: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`reference.fake_quantize_backward`."""
-    address = _address(x, alpha, spec, indices=False)
-    if not address or grad.dtype is not x.dtype or not grad.is_cpu:
+    address = _address(x, alpha, spec, (axis, group_size), indices=False)
+    alike = grad.dtype is x.dtype and grad.shape == x.shape and grad.is_cpu
+    if not address or not alike:
         return reference.fake_quantize_backward(grad, x, alpha, spec, axis, group_size, mode)
     rows = _Rows(x, axis, group_size)
     given = rows.matching(grad)
@@ -199,7 +223,7 @@ def quantize(
     group_size: int | None = None,
 ) -> torch.Tensor:
     """As :func:`reference.quantize`."""
-    address = _address(x, alpha, spec, indices=True)
+    address = _address(x, alpha, spec, (axis, group_size), indices=True)
     if not address:
         return reference.quantize(x, alpha, spec, axis, group_size)
     kinds = (_DTYPES[x.dtype], 0)
@@ -214,7 +238,8 @@ def quantize_packed(
     group_size: int | None = None,
 ) -> torch.Tensor:
     """``pack(quantize(…))`` at the set's stored bits."""
-    address = _address(x, alpha, spec, indices=True) if x.is_contiguous() else 0
+    where = (axis, group_size)
+    address = _address(x, alpha, spec, where, indices=True) if x.is_contiguous() else 0
     rows = _Rows(x, axis, group_size) if address else None
     # Logical order is memory order, and no value has an α of its own.
     if rows is None or rows.x.data_ptr() != x.data_ptr() or rows.layout.inner == 1:
@@ -235,11 +260,16 @@ def dequantize(
     group_size: int | None = None,
 ) -> torch.Tensor:
     """As :func:`reference.dequantize`."""
-    fits = index.dtype is torch.uint8 and index.is_cpu
-    address = _address(_FLOAT, alpha, spec, indices=True) if fits else 0
-    if not address:
+    plain = index.dtype is torch.uint8 and index.is_cpu and _takes(_FLOAT, alpha)
+    fits = plain and _LIBRARY is not None and _fits(index.shape, alpha, axis, group_size)
+    address = _set_address(spec, True) if fits else 0
+    if not address or not _are_indices(index, len(LevelSet.parse(spec))):
         return reference.dequantize(index, alpha, spec, axis, group_size)
     return _forward("apot_dequantize", index, alpha, address, (axis, group_size), torch.float32)
+
+
+def _are_indices(index: torch.Tensor, count: int) -> bool:
+    return count == 256 or not index.numel() or int(index.max()) < count
 
 
 def _is_dense(x: torch.Tensor) -> bool:
@@ -290,6 +320,7 @@ def follow(
     kinds = (x.numel(), _DTYPES[x.dtype], _DTYPES[dtype], nan_to_zero)
     at = (t.data_ptr() for t in (led.low, led.high, alpha))
     _run("apot_follow", x.data_ptr(), out.data_ptr(), *kinds, *at, address, led.constant)
+    torch.autograd.graph.increment_version(alpha)
     return out
 
 
@@ -297,9 +328,13 @@ def _is_scalar(*tensors: torch.Tensor) -> bool:
     return all(t.dim() == 0 and t.is_cpu and t.dtype is torch.float32 for t in tensors)
 
 
+def _are_bytes(x: torch.Tensor) -> bool:
+    return x.is_cpu and x.dtype is torch.uint8
+
+
 def pack(index: torch.Tensor, bits: int) -> torch.Tensor:
     """As :func:`packing.pack`."""
-    if _LIBRARY is None or bits > 8 or index.dtype is not torch.uint8 or not index.is_cpu:
+    if _LIBRARY is None or not 1 <= bits <= 8 or not _are_bytes(index):
         return packing.pack(index, bits)
     flat = index.contiguous()
     out = torch.empty(packing.packed_size(flat.numel(), bits), dtype=torch.uint8)
@@ -309,7 +344,8 @@ def pack(index: torch.Tensor, bits: int) -> torch.Tensor:
 
 def unpack(packed: torch.Tensor, bits: int, shape: list[int]) -> torch.Tensor:
     """As :func:`packing.unpack`."""
-    if _LIBRARY is None or bits > 8 or not packed.is_cpu:
+    fits = 1 <= bits <= 8 and packed.numel() == packing.packed_size(math.prod(shape), bits)
+    if _LIBRARY is None or not fits or not _are_bytes(packed):
         return packing.unpack(packed, bits, shape)
     flat, out = packed.contiguous(), torch.empty(shape, dtype=torch.uint8)
     _run("apot_unpack", flat.data_ptr(), out.data_ptr(), out.numel(), bits)

@@ -12,7 +12,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from . import dispatch
-from .reference import ALPHA_MAX, ALPHA_MIN, led_back
+from .reference import ALPHA_MAX, ALPHA_MIN
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
@@ -59,25 +59,25 @@ class QuantizedData(NamedTuple):
     alpha: torch.Tensor
     spec: str
 
-    def change_by_alpha(self, quantized: torch.Tensor) -> torch.Tensor:
-        """``dx_q/dα`` of every value (contract 4.4), as ``(x_q − x·inside)/α``."""
-        inside, _ = dispatch.fake_quantize_backward(
-            self.x, self.x, self.alpha, self.spec, None, None, "ste"
-        )
-        return (quantized - inside).div_(self.alpha.detach().clamp(ALPHA_MIN, ALPHA_MAX))
-
-    def gradient(self, total: torch.Tensor) -> torch.Tensor:
-        """``dL/dα`` of the sum over all values."""
-        return led_back(total.to(self.alpha.dtype), self.alpha.detach())
-
 
 def quantized_data(quantized: torch.Tensor) -> QuantizedData | None:
-    """Where ``quantized`` comes right from the fake-quant of float32 data."""
+    """Where ``quantized`` comes right from the fake-quant of float32 data, and no hook waits for
+    its gradient."""
     if torch.compiler.is_compiling():
         return None
     made = quantized.grad_fn
     data = getattr(made, "data", None) if isinstance(made, _NODE) else None
-    return data if data is not None and quantized.dtype is torch.float32 else None
+    hooked = quantized._backward_hooks or quantized.retains_grad
+    return data if quantized.dtype is torch.float32 and not hooked else None
+
+
+def change_by_alpha(
+    quantized: torch.Tensor, x: torch.Tensor, alpha: torch.Tensor, spec: str
+) -> torch.Tensor:
+    """``dx_q/dα`` of every value (contract 4.4), as ``(x_q − x·inside)/α``; 0 for NaN."""
+    inside, _ = dispatch.fake_quantize_backward(x, x, alpha, spec, None, None, "ste")
+    change = (quantized - inside).div_(alpha.clamp(ALPHA_MIN, ALPHA_MAX))
+    return change.nan_to_num_(nan=0.0)
 
 
 def _watched(x: torch.Tensor) -> bool:
@@ -110,8 +110,7 @@ class _FakeQuantize(torch.autograd.Function):
         nan_to_zero: bool,
         known: torch.Tensor | None,
     ) -> torch.Tensor:
-        led = grad == "ste" and known is not None  # then α may be another when gradients come
-        ctx.save_for_backward(x, alpha.clone() if led else alpha)
+        ctx.save_for_backward(x, alpha)
         ctx.how = spec, axis, group_size, grad
         if not ctx.needs_input_grad[0] and grad == "rcf" and axis is None:
             ctx.data = QuantizedData(x, alpha, spec)

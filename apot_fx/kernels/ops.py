@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from ..errors import TensorError
 from ..levels import LevelSet
 from . import dispatch, products, reference, sums
 
@@ -143,6 +144,14 @@ def _fake_quantize_gradient(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
     return dx, dalpha if ctx.mode == "rcf" else None, None, None, None, None, None
 
 
+def _save_nothing(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    pass
+
+
+def _no_second_gradient(ctx: Any, *grads: torch.Tensor) -> tuple[Any, ...]:
+    raise TensorError("fake_quantize has no second gradient; detach, or create_graph=False")
+
+
 def _save_dequantize(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
     index, ctx.alpha, ctx.level_set, ctx.axis, ctx.group_size = inputs
     ctx.save_for_backward(index)
@@ -161,6 +170,12 @@ torch.library.register_autograd(
     "apot_fx::fake_quantize",
     _fake_quantize_gradient,
     setup_context=_save_fake_quantize,
+    lib=_LIBRARY,
+)
+torch.library.register_autograd(
+    "apot_fx::fake_quantize_backward",
+    _no_second_gradient,
+    setup_context=_save_nothing,
     lib=_LIBRARY,
 )
 torch.library.register_autograd(

@@ -14,20 +14,27 @@ from typing import Any
 import torch
 from torch.autograd.function import once_differentiable
 
-from ..kernels.eager import QuantizedData, quantized_data
+from ..kernels.eager import change_by_alpha, quantized_data
+from ..kernels.reference import led_back
 
-#: A layer's call without, and with its bias.
-Linear = Callable[[torch.Tensor], torch.Tensor]
+#: A layer of an input, a weight and a bias.
+Layer = Callable[[torch.Tensor, torch.Tensor, torch.Tensor | None], torch.Tensor]
 
 
-def on_data(x: torch.Tensor, linear: Linear, biased: Linear) -> torch.Tensor:
-    """``biased(x)``; where ``x`` is quantized data, with α's gradient by the short way."""
+def on_data(
+    layer: Layer, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """``layer(x, weight, bias)``; where ``x`` is quantized data, with α's gradient by the short
+    way."""
     data = quantized_data(x)
     if data is None:
-        return biased(x)
+        return layer(x, weight, bias)
     fixed = x.detach()
-    y: torch.Tensor = _AlphaOfData.apply(biased(fixed), data.alpha, fixed, data, linear)
-    return y
+    y = layer(fixed, weight, bias)
+    made: torch.Tensor = _AlphaOfData.apply(
+        y, data.alpha, fixed, data.x, weight.detach(), data.spec, layer
+    )
+    return made
 
 
 class _AlphaOfData(torch.autograd.Function):
@@ -36,18 +43,20 @@ class _AlphaOfData(torch.autograd.Function):
         ctx: Any,
         y: torch.Tensor,
         alpha: torch.Tensor,
+        quantized: torch.Tensor,
         x: torch.Tensor,
-        data: QuantizedData,
-        linear: Linear,
+        weight: torch.Tensor,
+        spec: str,
+        layer: Layer,
     ) -> torch.Tensor:
-        ctx.save_for_backward(x)
-        ctx.data, ctx.linear = data, linear
+        ctx.save_for_backward(alpha, quantized, x, weight)
+        ctx.spec, ctx.layer = spec, layer
         return y.view_as(y)
 
     @staticmethod
     @once_differentiable  # type: ignore[untyped-decorator]
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[Any, ...]:
-        (x,) = ctx.saved_tensors
-        change = ctx.linear(ctx.data.change_by_alpha(x))
+        alpha, quantized, x, weight = ctx.saved_tensors
+        change = ctx.layer(change_by_alpha(quantized, x, alpha, ctx.spec), weight, None)
         total = change.mul_(grad).sum(dtype=torch.float64)
-        return grad, ctx.data.gradient(total), None, None, None
+        return grad, led_back(total.to(alpha.dtype), alpha), *[None] * 5

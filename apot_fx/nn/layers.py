@@ -55,12 +55,7 @@ class _PreparedConvolution(PreparedLayer):
     def weighted(
         self, product: Product, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None
     ) -> torch.Tensor:
-        def call(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            y: torch.Tensor = self._conv_forward(x, weight, bias)  # type: ignore[operator]
-            return y
-
-        fixed = weight.detach()
-        return on_data(x, lambda x: call(x, fixed, None), lambda x: call(x, weight, bias))
+        return on_data(self._conv_forward, x, weight, bias)  # type: ignore[arg-type]
 
 
 class PreparedConv1d(_PreparedConvolution, nn.Conv1d):  # type: ignore[misc]

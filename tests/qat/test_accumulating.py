@@ -105,3 +105,28 @@ def test_computed_weights_are_never_kept() -> None:
                 for parameter in net.get_submodule("0.parametrizations").parameters():
                     parameter.mul_(0.9)
             assert torch.equal(one(BATCHES[0]), copy.deepcopy(other)(BATCHES[0]))
+
+
+def test_another_alpha_view_or_writer() -> None:
+    weight = nn.Parameter(torch.randn(5, 5, generator=torch.Generator().manual_seed(0)))
+    quant = apot_fx.FakeQuantize.for_weight(weight, apot_fx.WeightSpec(4), "weight").train()
+    expected, turned = quant(weight).detach(), quant(weight.t()).detach()
+    with apot_fx.qat.accumulating(), torch.no_grad():
+        quant(weight).zero_()
+        assert torch.equal(quant(weight), expected)
+        assert torch.equal(quant(weight.t()), turned)
+        quant.alpha = nn.Parameter(quant.alpha * 3)
+        assert not torch.equal(quant(weight.t()), turned)
+
+
+def test_other_parameters_by_a_functional_call() -> None:
+    model = prepared_net()
+    with apot_fx.qat.accumulating(), torch.no_grad():
+        for scale in (1.0, 2.0, 3.0):
+            own = {k: (v * scale).clone() for k, v in model.named_parameters()}
+            found = torch.func.functional_call(model, own, (BATCHES[0],))
+            with torch.no_grad():
+                other = copy.deepcopy(model)
+                for name, parameter in other.named_parameters():
+                    parameter.copy_(own[name])
+            assert torch.equal(found, other(BATCHES[0]))

@@ -64,3 +64,42 @@ def test_what_else_reads_the_data_adds_to_the_gradient() -> None:
         model(data).square().sum().backward()
         grads.append(model.get_parameter("activation_post_process_0.alpha").grad)
     torch.testing.assert_close(*grads, rtol=2e-4, atol=1e-6)
+
+
+def first_layer() -> tuple[nn.Module, torch.Tensor, torch.nn.Parameter]:
+    x = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    model = calibrated(seeded(LAYERS["conv"]), [x], apot_fx.QConfig.from_preset("w4a4")).train()
+    return model, x, model.get_parameter("activation_post_process_0.alpha")
+
+
+def test_nan_in_rows_that_the_loss_leaves_out() -> None:
+    model, x, alpha = first_layer()
+    x[3] = float("nan")
+    grads = []
+    for data in (x, x.clone().requires_grad_()):
+        alpha.grad = None
+        model(data)[:3].square().sum().backward()
+        grads.append(alpha.grad)
+    torch.testing.assert_close(*grads, rtol=2e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("what", ["data", "alpha"])
+def test_what_changes_before_the_gradients_is_refused(what: str) -> None:
+    model, x, alpha = first_layer()
+    loss = model(x).square().sum()
+    with torch.no_grad():
+        (x if what == "data" else alpha).mul_(0.5)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_hooks_on_the_quantized_data_see_its_gradient() -> None:
+    model, x, _ = first_layer()
+    seen: list[torch.Tensor] = []
+
+    def watch(module: nn.Module, args: object, y: torch.Tensor) -> None:
+        y.register_hook(seen.append)
+
+    model.get_submodule("activation_post_process_0").register_forward_hook(watch)
+    model(x).square().sum().backward()
+    assert len(seen) == 1 and seen[0].shape == x.shape
