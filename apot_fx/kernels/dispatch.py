@@ -15,7 +15,7 @@ import torch
 
 from ..levels import LevelSet
 from . import native, packing, reference
-from .layout import Layout, dense, layout_of
+from .layout import Gaps, Layout, dense, gaps_of, layout_of
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SHIFT, _BYTES, _TABLE = 0, 1, 2
@@ -160,10 +160,20 @@ def _forward(
     *kinds: int,
 ) -> torch.Tensor:
     """A kernel that gives a value for every value."""
-    rows, clip = _Rows(x, *where), alpha.contiguous()
+    clip, gaps = alpha.contiguous(), None
+    if where[1] is None and x.numel() and not x.is_contiguous():
+        gaps = gaps_of(x)
+    if gaps is not None and gaps.row:
+        out = torch.empty_like(x, dtype=dtype)
+        layout = layout_of(out, where[0])
+        assert layout is not None
+        at = (x.data_ptr(), out.data_ptr(), clip.data_ptr(), address)
+        _run(name, *at, *layout, *gaps, *kinds)
+        return out
+    rows = _Rows(x, *where)
     out = rows.empty(dtype)
     at = (rows.x.data_ptr(), out.data_ptr(), clip.data_ptr(), address)
-    _run(name, *at, *rows.layout, *kinds)
+    _run(name, *at, *rows.layout, *Gaps(), *kinds)
     return rows.restored(out)
 
 
@@ -248,7 +258,7 @@ def quantize_packed(
     bits, clip = LevelSet.parse(spec).bits, alpha.contiguous()
     out = torch.empty(packing.packed_size(x.numel(), bits), dtype=torch.uint8)
     at = (x.data_ptr(), out.data_ptr(), clip.data_ptr(), address)
-    _run("apot_quantize", *at, *rows.layout, _DTYPES[x.dtype], bits)
+    _run("apot_quantize", *at, *rows.layout, *Gaps(), _DTYPES[x.dtype], bits)
     return out
 
 

@@ -63,6 +63,37 @@ def dense(x: torch.Tensor, axis: int | None) -> tuple[torch.Tensor, Layout]:
     return x, layout
 
 
+class Gaps(NamedTuple):
+    """Rows of ``row`` values that start ``stride`` values apart; ``row`` 0: no gaps."""
+
+    row: int = 0
+    stride: int = 0
+
+
+def gaps_of(x: torch.Tensor) -> Gaps | None:
+    """How the values of a tensor lie in memory, from the outermost to the innermost dimension.
+
+    None where they aren't rows of some length at even distances.
+    """
+    order = sorted((dim for dim, size in enumerate(x.shape) if size != 1), key=x.stride)
+    row, stride = 1, 0
+    for place, dim in enumerate(order):
+        if x.stride(dim) != row:
+            order, stride = order[place:], x.stride(dim)
+            break
+        row *= x.shape[dim]
+    expected = stride
+    for dim in order if stride else ():
+        if x.stride(dim) != expected:
+            return None
+        expected *= x.shape[dim]
+    return Gaps(row, stride) if stride > row >= _WORTH_ROW else Gaps() if not stride else None
+
+
+#: Shorter rows are copied faster than they are read one by one.
+_WORTH_ROW = 64
+
+
 def rows_of(x: torch.Tensor, axis: int | None, group_size: int | None) -> torch.Tensor:
     """One row of values per α in logical order; short groups are filled up with zeros."""
     if axis is None:

@@ -129,6 +129,12 @@ VIEWS = {
     "transposed": lambda x: x.reshape(8, 60).t(),
     "gapped": lambda x: x.reshape(12, 40)[:, ::2],
     "reversed axes": lambda x: x.reshape(4, 6, 20).permute(2, 1, 0),
+    "chunk": lambda x: x.reshape(3, 160)[:, 70:140],
+    "channels": lambda x: x.reshape(2, 3, 8, 10)[:, 1:],
+    "channels last chunk": lambda x: x.reshape(2, 120, 2, 1).permute(0, 2, 3, 1)[..., 40:110],
+    "transposed chunk": lambda x: x.reshape(3, 160)[:, 5:75].t(),
+    "uneven": lambda x: x.reshape(4, 120)[::2, :64].reshape(2, 64)[:, :32].expand(2, 32),
+    "backwards": lambda x: x.reshape(2, 240)[:, 100:170].flip(0).t(),
     "expanded": lambda x: x[:6].expand(5, 6),
     "unaligned": lambda x: x[1:].reshape(-1),
 }

@@ -24,10 +24,11 @@ ISAS = ("avx512vbmi", "avx512", "avx2", "neon", "portable")
 _VARIABLE = "APOT_FX_ISA"
 _POINTER, _LONG, _INT = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
 _LAYOUT = (_LONG, _LONG, _LONG, _LONG)
+_GAPS = (_LONG, _LONG)
 _SIGNATURES = {
-    "apot_fake_quantize": (*(_POINTER,) * 4, *_LAYOUT, _INT, _INT, _INT, _INT),
-    "apot_quantize": (*(_POINTER,) * 4, *_LAYOUT, _INT, _INT, _INT),
-    "apot_dequantize": (*(_POINTER,) * 4, *_LAYOUT, _INT),
+    "apot_fake_quantize": (*(_POINTER,) * 4, *_LAYOUT, *_GAPS, _INT, _INT, _INT, _INT),
+    "apot_quantize": (*(_POINTER,) * 4, *_LAYOUT, *_GAPS, _INT, _INT, _INT),
+    "apot_dequantize": (*(_POINTER,) * 4, *_LAYOUT, *_GAPS, _INT),
     "apot_backward": (*(_POINTER,) * 6, *_LAYOUT, _INT, _INT),
     "apot_ends": (_POINTER, _LONG, _INT, _POINTER, _INT),
     "apot_histogram": (_POINTER, _LONG, _INT, _POINTER, _POINTER, _INT),

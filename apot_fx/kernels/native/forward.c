@@ -30,7 +30,9 @@ static void forward_item(void *context, int64_t item) {
       apot_use_clips(&s, j, 0);
     } else {
       int64_t channel = run_at(&j->l, at, &left);
+      int64_t row = j->gaps.row;
       if (left > end - at) left = end - at;
+      if (row && left > row - at % row) left = row - at % row;
       own = apot_clip_of(j->alpha[channel], j->span.set);
       s = apot_part_of(j, at, left);
       apot_use_clip(&s, &own);
@@ -60,35 +62,40 @@ static int forward(apot_job *j, int threads) {
 
 APOT_PUBLIC int apot_fake_quantize(const void *x, void *out, const float *alpha,
                                    const apot_set *set, int64_t outer, int64_t channels,
-                                   int64_t inner, int64_t row, int in, int to, int nan_to_zero,
+                                   int64_t inner, int64_t row, int64_t gap_row,
+                                   int64_t gap_stride, int in, int to, int nan_to_zero,
                                    int threads) {
   apot_job j = {.l = {outer, channels, inner, row}, .alpha = alpha, .kernel = apot_current->fake_quantize};
   j.span = (apot_span){
       .x = x, .out = out, .set = set, .in = in, .to = to, .nan_to_zero = nan_to_zero};
   j.in = size_of(in);
   j.out = size_of(to);
+  j.gaps = (apot_gaps){gap_row, gap_stride};
   return forward(&j, threads);
 }
 
 /* With `bits`, indices are packed, so many bits each; then not with an α for each value. */
 APOT_PUBLIC int apot_quantize(const void *x, void *out, const float *alpha, const apot_set *set,
-                              int64_t outer, int64_t channels, int64_t inner, int64_t row, int in,
-                              int bits, int threads) {
+                              int64_t outer, int64_t channels, int64_t inner, int64_t row,
+                              int64_t gap_row, int64_t gap_stride, int in, int bits, int threads) {
   apot_job j = {.l = {outer, channels, inner, row}, .alpha = alpha, .bits = bits};
   j.kernel = apot_current->quantize;
   j.span = (apot_span){.x = x, .out = out, .set = set, .in = in};
   j.in = size_of(in);
   j.out = 1;
+  j.gaps = (apot_gaps){gap_row, gap_stride};
   return forward(&j, threads);
 }
 
 APOT_PUBLIC int apot_dequantize(const void *index, void *out, const float *alpha,
                                 const apot_set *set, int64_t outer, int64_t channels,
-                                int64_t inner, int64_t row, int threads) {
+                                int64_t inner, int64_t row, int64_t gap_row, int64_t gap_stride,
+                                int threads) {
   apot_job j = {.l = {outer, channels, inner, row}, .alpha = alpha, .kernel = apot_current->dequantize};
   j.span = (apot_span){.x = index, .out = out, .set = set};
   j.in = 1;
   j.out = sizeof(float);
+  j.gaps = (apot_gaps){gap_row, gap_stride};
   return forward(&j, threads);
 }
 

@@ -20,7 +20,8 @@ apot_clip apot_clip_of(float alpha, const apot_set *set) {
 
 apot_span apot_part_of(const apot_job *j, int64_t at, int64_t count) {
   apot_span s = j->span;
-  s.x = apot_from(s.x, at, j->in);
+  int64_t row = j->gaps.row;
+  s.x = apot_from(s.x, row ? at / row * j->gaps.stride + at % row : at, j->in);
   s.grad = apot_from(s.grad, at, j->in);
   s.out = (char *)s.out + (size_t)at * j->out;
   s.count = count;

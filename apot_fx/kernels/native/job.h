@@ -22,6 +22,11 @@ typedef struct {
   int64_t outer, channels, inner, row;
 } apot_layout;
 
+/* Rows of `row` values that start `stride` values apart; or `row` 0, one after the other. */
+typedef struct {
+  int64_t row, stride;
+} apot_gaps;
+
 /* What the kernels need of an α. */
 typedef struct {
   float scale, step, alpha;
@@ -33,6 +38,7 @@ typedef struct {
   const float *alpha;
   void (*kernel)(const apot_span *);
   int64_t item, count; /* values of an item, and of all */
+  apot_gaps gaps;      /* of x; results have none */
   size_t in, out;      /* bytes of a value */
   int bits;            /* quantize: pack indices of so many bits, or 0 */
   float *clips;        /* is_last: scale, step and α of every channel, padded */
