@@ -119,8 +119,11 @@ class Observer(nn.Module, abc.ABC):
         """
         self(x)
         with torch.no_grad():
-            alpha.copy_(self.propose(LevelSet.parse(spec)))
+            alpha.copy_(self._alpha_of(spec))
         return None
+
+    def _alpha_of(self, spec: str) -> torch.Tensor:
+        return self.propose(LevelSet.parse(spec))
 
     def _widen(self, low: torch.Tensor, high: torch.Tensor) -> None:
         self.low.copy_(torch.minimum(self.low, low.reshape(self.low.shape)))
@@ -170,10 +173,10 @@ class MinMaxObserver(Observer):
             y = eager.follow(x, alpha, spec, led, nan_to_zero)
             if y is not None:
                 return y
-        self(x)
-        with torch.no_grad():
-            alpha.copy_(self._covering(_fixed_limits(spec)))
-        return None
+        return super().follow(x, spec, alpha, nan_to_zero)
+
+    def _alpha_of(self, spec: str) -> torch.Tensor:
+        return self._covering(_fixed_limits(spec))
 
 
 class MovingAverageObserver(MinMaxObserver):

@@ -1,9 +1,9 @@
 """The operators ``torch.ops.apot_fx.*`` and the public functions before them.
 
 ``reference`` is the quantizer's arithmetic in torch's operators, ``native`` the same in compiled C,
-``dispatch`` who computes; ``products`` is linear and convolution on levels, ``packing`` the bit
-stream. ``ops`` registers them, ``eager`` is the way around the dispatcher, ``functional`` checks
-what users pass.
+``tables`` what that reads of a level set, ``dispatch`` who computes; ``products`` is linear and
+convolution on levels, ``packing`` the bit stream. ``ops`` registers them, ``eager`` is the way
+around the dispatcher, ``functional`` checks what users pass.
 """
 
 from . import eager

@@ -6,8 +6,6 @@ up to 256 levels where indices go in or out.
 
 from __future__ import annotations
 
-import ctypes
-import functools
 import math
 from typing import Any, NamedTuple
 
@@ -16,70 +14,10 @@ import torch
 from ..levels import LevelSet
 from . import native, packing, reference
 from .layout import Gaps, Layout, dense, gaps_of, layout_of
+from .tables import set_address
 
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_SHIFT, _BYTES, _TABLE = 0, 1, 2
 _LIBRARY = native.loaded()
-_FLOAT = torch.empty(0)
-
-
-_TABLES = (
-    "levels indices by_index level_bytes index_bytes index_levels level_line index_line"
-).split()
-
-
-class _Set(ctypes.Structure):
-    """``apot_set`` of ``apot.h``."""
-
-    _fields_ = (
-        *((name, ctypes.c_int32) for name in "low high unit look count".split()),
-        *((name, ctypes.c_void_p) for name in _TABLES),
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _tables(spec: str) -> tuple[int, _Set, list[torch.Tensor]] | None:
-    """Where a level set's tables are, and what keeps them alive; None where they'd be too large."""
-    levels = LevelSet.parse(spec)
-    if levels.unit > reference.TABLE_UNIT:
-        return None
-    cpu = torch.device("cpu")
-    by_half = reference.half_unit_levels(spec, cpu, torch.float32).clone()
-    indices = reference.index_table(spec, cpu).to(torch.int32)
-    by_index = torch.zeros(256)
-    some = torch.tensor(levels.levels[:256], dtype=torch.float32)
-    by_index[: len(some)] = some
-    look = _TABLE
-    kinds = (torch.int8, torch.uint8, torch.int8, torch.int8, torch.uint8)
-    small = [torch.zeros(256, dtype=kind) for kind in kinds]
-    if list(levels.levels) == list(range(levels.q_min, levels.q_max + 1)):
-        look = _SHIFT
-    elif 2 * levels.q_min >= -128 and 2 * levels.q_max < 128:
-        look = _BYTES
-        half = torch.arange(2 * levels.q_min, 2 * levels.q_max + 1)
-        place = half % (128 if len(half) <= 128 else 256)
-        small[0][place], small[1][place] = by_half.to(torch.int8), indices.to(torch.uint8)
-        small[2][: len(some)] = some.to(torch.int8)
-        small[3][: len(half)], small[4][: len(half)] = by_half.to(torch.int8), indices
-    tables = [by_half, indices, by_index, *small]
-    made = _Set(
-        2 * levels.q_min,
-        2 * levels.q_max,
-        levels.unit,
-        look,
-        len(levels),
-        *(table.data_ptr() for table in tables),
-    )
-    return ctypes.addressof(made), made, tables
-
-
-@functools.lru_cache(maxsize=256)
-def _set_address(spec: str, indices: bool) -> int:
-    """Where the compiled kernels find a set; 0 where they can't take it."""
-    found = _tables(spec)
-    if found is None or (indices and len(LevelSet.parse(spec)) > 256):
-        return 0
-    return found[0]
 
 
 class _Rows:
@@ -118,9 +56,12 @@ class _Rows:
         return moved if moved.stride() == wanted.stride() else wanted.copy_(moved)
 
 
-def _takes(x: torch.Tensor, alpha: torch.Tensor) -> bool:
-    plain = x.is_cpu and x.dtype in _DTYPES and x.layout is torch.strided
-    return plain and alpha.dtype is torch.float32 and alpha.is_cpu
+def _are_values(x: torch.Tensor) -> bool:
+    return x.is_cpu and x.dtype in _DTYPES and x.layout is torch.strided
+
+
+def _are_bytes(x: torch.Tensor) -> bool:
+    return x.is_cpu and x.dtype is torch.uint8
 
 
 def _fits(shape: torch.Size, alpha: torch.Tensor, axis: int | None, group_size: int | None) -> bool:
@@ -138,16 +79,15 @@ def _fits(shape: torch.Size, alpha: torch.Tensor, axis: int | None, group_size: 
 
 
 def _address(
-    x: torch.Tensor,
+    shape: torch.Size,
     alpha: torch.Tensor,
     spec: str,
     where: tuple[int | None, int | None],
     indices: bool,
 ) -> int:
-    """Where the set's tables are for the compiled kernels; 0 where they don't take the call."""
-    if _LIBRARY is None or not _takes(x, alpha) or not _fits(x.shape, alpha, *where):
-        return 0
-    return _set_address(spec, indices)
+    """Where the set's tables are for the compiled kernels; 0 where they don't take such an α."""
+    taken = _LIBRARY is not None and alpha.dtype is torch.float32 and alpha.is_cpu
+    return set_address(spec, indices) if taken and _fits(shape, alpha, *where) else 0
 
 
 def _forward(
@@ -160,10 +100,9 @@ def _forward(
     *kinds: int,
 ) -> torch.Tensor:
     """A kernel that gives a value for every value."""
-    clip, gaps = alpha.contiguous(), None
-    if where[1] is None and x.numel() and not x.is_contiguous():
-        gaps = gaps_of(x)
-    if gaps is not None and gaps.row:
+    clip = alpha.contiguous()
+    gaps = gaps_of(x) if where[1] is None and x.numel() and not x.is_contiguous() else None
+    if gaps is not None:  # rows that are read where they are
         out = torch.empty_like(x, dtype=dtype)
         layout = layout_of(out, where[0])
         assert layout is not None
@@ -193,8 +132,8 @@ def fake_quantize(
     nan_to_zero: bool = False,
 ) -> torch.Tensor:
     """As :func:`reference.fake_quantize`."""
-    address = _address(x, alpha, spec, (axis, group_size), indices=False)
-    if not address:
+    address = _address(x.shape, alpha, spec, (axis, group_size), indices=False)
+    if not address or not _are_values(x):
         return reference.fake_quantize(x, alpha, spec, axis, group_size, grad, nan_to_zero)
     dtype = torch.float32 if nan_to_zero else x.dtype
     kinds = (_DTYPES[x.dtype], _DTYPES[dtype], nan_to_zero)
@@ -211,9 +150,9 @@ def fake_quantize_backward(
     mode: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """As :func:`reference.fake_quantize_backward`."""
-    address = _address(x, alpha, spec, (axis, group_size), indices=False)
+    address = _address(x.shape, alpha, spec, (axis, group_size), indices=False)
     alike = grad.dtype is x.dtype and grad.shape == x.shape and grad.is_cpu
-    if not address or not alike:
+    if not address or not _are_values(x) or not alike:
         return reference.fake_quantize_backward(grad, x, alpha, spec, axis, group_size, mode)
     rows = _Rows(x, axis, group_size)
     given = rows.matching(grad)
@@ -233,8 +172,8 @@ def quantize(
     group_size: int | None = None,
 ) -> torch.Tensor:
     """As :func:`reference.quantize`."""
-    address = _address(x, alpha, spec, (axis, group_size), indices=True)
-    if not address:
+    address = _address(x.shape, alpha, spec, (axis, group_size), indices=True)
+    if not address or not _are_values(x):
         return reference.quantize(x, alpha, spec, axis, group_size)
     kinds = (_DTYPES[x.dtype], 0)
     return _forward("apot_quantize", x, alpha, address, (axis, group_size), torch.uint8, *kinds)
@@ -249,7 +188,8 @@ def quantize_packed(
 ) -> torch.Tensor:
     """``pack(quantize(…))`` at the set's stored bits."""
     where = (axis, group_size)
-    address = _address(x, alpha, spec, where, indices=True) if x.is_contiguous() else 0
+    taken = x.is_contiguous() and _are_values(x)
+    address = _address(x.shape, alpha, spec, where, indices=True) if taken else 0
     rows = _Rows(x, axis, group_size) if address else None
     # Logical order is memory order, and no value has an α of its own.
     if rows is None or rows.x.data_ptr() != x.data_ptr() or rows.layout.inner == 1:
@@ -270,12 +210,11 @@ def dequantize(
     group_size: int | None = None,
 ) -> torch.Tensor:
     """As :func:`reference.dequantize`."""
-    plain = index.dtype is torch.uint8 and index.is_cpu and _takes(_FLOAT, alpha)
-    fits = plain and _LIBRARY is not None and _fits(index.shape, alpha, axis, group_size)
-    address = _set_address(spec, True) if fits else 0
+    where = (axis, group_size)
+    address = _address(index.shape, alpha, spec, where, indices=True) if _are_bytes(index) else 0
     if not address or not _are_indices(index, len(LevelSet.parse(spec))):
         return reference.dequantize(index, alpha, spec, axis, group_size)
-    return _forward("apot_dequantize", index, alpha, address, (axis, group_size), torch.float32)
+    return _forward("apot_dequantize", index, alpha, address, where, torch.float32)
 
 
 def _are_indices(index: torch.Tensor, count: int) -> bool:
@@ -284,7 +223,7 @@ def _are_indices(index: torch.Tensor, count: int) -> bool:
 
 def _is_dense(x: torch.Tensor) -> bool:
     """Whether the compiled kernels can read a tensor in whatever order it lies in memory."""
-    return _LIBRARY is not None and _takes(x, _FLOAT) and layout_of(x, None) is not None
+    return _LIBRARY is not None and _are_values(x) and layout_of(x, None) is not None
 
 
 def ends(x: torch.Tensor) -> torch.Tensor:
@@ -322,7 +261,7 @@ def follow(
     x: torch.Tensor, alpha: torch.Tensor, spec: str, led: Led, nan_to_zero: bool
 ) -> torch.Tensor | None:
     """Take ``x`` into the range, set α by it in place, and fake-quantize; None: nothing done."""
-    address = _set_address(spec, False) if _is_dense(x) and _is_scalar(alpha, *led[:2]) else 0
+    address = set_address(spec, False) if _is_dense(x) and _is_scalar(alpha, *led[:2]) else 0
     if not address:
         return None
     dtype = torch.float32 if nan_to_zero else x.dtype
@@ -336,10 +275,6 @@ def follow(
 
 def _is_scalar(*tensors: torch.Tensor) -> bool:
     return all(t.dim() == 0 and t.is_cpu and t.dtype is torch.float32 for t in tensors)
-
-
-def _are_bytes(x: torch.Tensor) -> bool:
-    return x.is_cpu and x.dtype is torch.uint8
 
 
 def pack(index: torch.Tensor, bits: int) -> torch.Tensor:

@@ -71,23 +71,22 @@ class Gaps(NamedTuple):
 
 
 def gaps_of(x: torch.Tensor) -> Gaps | None:
-    """How the values of a tensor lie in memory, from the outermost to the innermost dimension.
+    """The gaps of a tensor whose values are long rows at even distances, in the order of memory.
 
-    None where they aren't rows of some length at even distances.
+    None where they are dense or lie otherwise.
     """
     order = sorted((dim for dim, size in enumerate(x.shape) if size != 1), key=x.stride)
-    row, stride = 1, 0
-    for place, dim in enumerate(order):
-        if x.stride(dim) != row:
-            order, stride = order[place:], x.stride(dim)
-            break
-        row *= x.shape[dim]
-    expected = stride
-    for dim in order if stride else ():
+    row = 1
+    while order and x.stride(order[0]) == row:
+        row *= x.shape[order.pop(0)]
+    if not order or row < _WORTH_ROW:
+        return None
+    stride = expected = x.stride(order[0])
+    for dim in order:
         if x.stride(dim) != expected:
             return None
         expected *= x.shape[dim]
-    return Gaps(row, stride) if stride > row >= _WORTH_ROW else Gaps() if not stride else None
+    return Gaps(row, stride) if stride > row else None
 
 
 #: Shorter rows are copied faster than they are read one by one.

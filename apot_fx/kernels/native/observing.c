@@ -27,14 +27,19 @@ static void seen_item(void *context, int64_t item) {
   all->kernel(&s);
 }
 
-/* The smallest and largest finite value; inf and -inf where none is. */
-static void join_ends(const seen *all, int64_t items, float ends[2]) {
+static void no_ends(float ends[2]) {
   ends[0] = __builtin_inff();
   ends[1] = -__builtin_inff();
-  for (int64_t item = 0; item < items; item++) {
-    if (all->ends[2 * item] < ends[0]) ends[0] = all->ends[2 * item];
-    if (all->ends[2 * item + 1] > ends[1]) ends[1] = all->ends[2 * item + 1];
-  }
+}
+static void widen(float *low, float *high, const float by[2]) {
+  if (by[0] < *low) *low = by[0];
+  if (by[1] > *high) *high = by[1];
+}
+
+/* The smallest and largest finite value; inf and -inf where none is. */
+static void join_ends(const seen *all, int64_t items, float ends[2]) {
+  no_ends(ends);
+  for (int64_t item = 0; item < items; item++) widen(&ends[0], &ends[1], all->ends + 2 * item);
 }
 
 APOT_PUBLIC int apot_ends(const void *x, int64_t count, int in, float ends[2], int threads) {
@@ -115,10 +120,7 @@ static void led_item(void *context, int64_t item) {
   const led *l = context;
   int64_t at = item * APOT_ITEM, end = at + APOT_ITEM < l->all.count ? at + APOT_ITEM : l->all.count;
   float *ends = l->all.ends + 2 * item;
-  if (l->finds_ends) {
-    ends[0] = __builtin_inff();
-    ends[1] = -__builtin_inff();
-  }
+  if (l->finds_ends) no_ends(ends);
   for (; at < end; at += APOT_BLOCK) {
     float own[2];
     apot_span s = l->span;
@@ -128,8 +130,7 @@ static void led_item(void *context, int64_t item) {
     s.ends = own;
     if (l->finds_ends) {
       apot_current->ends(&s);
-      if (own[0] < ends[0]) ends[0] = own[0];
-      if (own[1] > ends[1]) ends[1] = own[1];
+      widen(&ends[0], &ends[1], own);
     }
     apot_current->fake_quantize(&s);
   }
@@ -165,8 +166,7 @@ APOT_PUBLIC int apot_follow(const void *x, void *out, int64_t count, int in, int
     *low = moved(*low, ends[0], constant);
     *high = moved(*high, ends[1], constant);
   } else {
-    if (ends[0] < *low) *low = ends[0];
-    if (ends[1] > *high) *high = ends[1];
+    widen(low, high, ends);
   }
   *alpha = covering(*low, *high, set);
   l.finds_ends = 0;
